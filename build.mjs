@@ -111,10 +111,11 @@ function runtime(platform) {
 const lazy = {
   name: "lazy",
   setup(build) {
-    build.onResolve({ filter: /^node:/ }, (args) =>
-      args.namespace === "lazy"
-        ? { path: args.path, external: true }
-        : { path: args.path, namespace: "lazy" });
+    build.onResolve(
+      { filter: /^node:/ },
+      (args) =>
+        args.namespace === "lazy" ? { path: args.path, external: true } : { path: args.path, namespace: "lazy" },
+    );
     build.onLoad({ filter: /.*/, namespace: "lazy" }, ({ path }) => ({
       contents: `let it; module.exports = new Proxy({}, {
         get: (_, name) => (it ??= require(${JSON.stringify(path)}))[name] });`,
@@ -166,7 +167,8 @@ function executable(platform, program) {
     fs.readFileSync(stampFile, "utf8") === made;
   if (!same) {
     const work = fs.mkdtempSync(path.join(CACHE, "make-"));
-    const [main, settings, raw] = ["chat.cjs", "sea.json", "raw"].map((f) => path.join(work, f));
+    const [main, raw] = ["chat.cjs", "raw"].map((file) => path.join(work, file));
+    const settings = path.join(CACHE, `${name}.json`); // kept: a test makes a probe with the same ones
     fs.writeFileSync(main, program);
     fs.writeFileSync(settings, JSON.stringify({ ...config, main, output: raw }));
     try {
@@ -228,8 +230,7 @@ function test(files) {
   const sources = ["chat.ts", "build.mjs", "test", "certs"];
   check("tsc", () => npm("npx", ["tsc"], piped));
   check("deno fmt", () => deno("fmt", "--check", "--line-width", "100", ...sources));
-  check("deno lint", () =>
-    deno("lint", "--rules-exclude=no-process-global,no-node-globals", ...sources));
+  check("deno lint", () => deno("lint", "--rules-exclude=no-process-global,no-node-globals", ...sources));
   const suites = files.length ? files : fs.readdirSync(path.join(ROOT, "test"))
     .filter((name) => name.endsWith(".test.ts")).map((name) => `test/${name}`);
   become(runtime(HOST), ["--test", "--test-timeout=120000", ...suites]);

@@ -71,6 +71,9 @@ export class Fault extends Error {
   }
 }
 
+/** The Fault of a connection that could not be made or has ended: another try may help. */
+class Lost extends Fault {}
+
 const now = () => Date.now();
 const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
 const base64 = (data: Buffer) => data.toString("base64");
@@ -173,14 +176,17 @@ function parseTags(text: string): Line["tags"] {
   return new Map(pairs.map(([name = "", value = ""]) => [name, unescape(value)]));
 }
 
+/** What people write stands behind a colon, whether it needs one or not: there is software that counts on that. */
+const TEXTUAL = /^(PRIVMSG|NOTICE|QUIT|PART|TOPIC|AWAY|ERROR|301|319|332|353)$/;
+
 /** Formats a line without its CR LF. Only the last parameter may be empty, begin with a colon or hold spaces. */
 export function format(command: string, params: readonly string[], source = "", tags: readonly Tag[] = []): string {
   const escape = (value: string) => value.replace(/[; \r\n\\]/g, (char) => `\\${ESCAPED.get(char)}`);
   let text = tags.length ? `@${tags.map(([name, value]) => value ? `${name}=${escape(value)}` : name).join(";")} ` : "";
   text += source ? `:${source} ${command}` : command;
   for (const [index, param] of params.entries()) {
-    const colon = index === params.length - 1 && (param === "" || param[0] === ":" || param.includes(" "));
-    text += colon ? ` :${param}` : ` ${param}`;
+    const colon = param === "" || param[0] === ":" || param.includes(" ") || TEXTUAL.test(command);
+    text += colon && index === params.length - 1 && (index > 0 || !/^[PT]/.test(command)) ? ` :${param}` : ` ${param}`;
   }
   return text;
 }
@@ -1228,7 +1234,9 @@ export class Server {
   }
   /** Somebody was not let in; too many wrong passwords end the connection. */
   refuse(session: Session, nick: string, why: Refusal): void {
-    if (why !== "unknown") this.options.log(`${nick} was refused from ${session.address}: ${REFUSALS[why].toLowerCase()}`);
+    if (why !== "unknown") {
+      this.options.log(`${nick} was refused from ${session.address}: ${REFUSALS[why].toLowerCase()}`);
+    }
     if (why === "wrong" && ++session.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
   }
   #letIn(session: Session, member: Member): void {
@@ -2059,7 +2067,7 @@ export function wrap(text: string, width: number): string[] {
 /** The person's side of the program: a terminal, a plain one, or a pipe. */
 export class Screen {
   readonly kind: "terminal" | "plain" | "pipe";
-  onLines: ((lines: readonly string[], pasted: boolean) => void) | undefined; // takes what was entered
+  #onLines: ((lines: readonly string[], pasted: boolean) => void) | undefined;
   onEnd: () => void = () => {}; // there is no more to come
   onInterrupt: () => void = () => {};
   onTab: (before: string) => readonly string[] = () => []; // what could stand in place of the text before the cursor
@@ -2103,6 +2111,7 @@ export class Screen {
       if (!this.#closed) this.onEnd();
     });
     process.stdout.on("error", () => this.onInterrupt()); // nobody reads on
+    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => this.onInterrupt());
     if (this.kind !== "terminal") return;
     process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
     process.stdout.on("resize", () => this.#redraw());
@@ -2112,6 +2121,11 @@ export class Screen {
     this.kind !== "plain" || this.#asking?.hidden && text.trim() ? true : process.stdout.write(text);
   get columns(): number {
     return process.stdout.columns || 80;
+  }
+  /** Takes what is entered, also what was entered before. */
+  set onLines(take: (lines: readonly string[], pasted: boolean) => void) {
+    this.#onLines = take;
+    this.#handOver(0);
   }
   set prompt(text: string) {
     this.#prompt = text;
@@ -2172,7 +2186,7 @@ export class Screen {
 
   #entered(line: string): void {
     if (this.#asking) this.#asking.answer(line);
-    else if (this.kind === "pipe" && this.onLines) this.onLines([line], false);
+    else if (this.kind === "pipe" && this.#onLines) this.#onLines([line], false);
     else if (this.#lines.push(line) === 1) setImmediate(() => this.#handOver(0));
     this.#asking = undefined;
   }
@@ -2181,7 +2195,7 @@ export class Screen {
     const count = this.#lines.length;
     const pasted = count > 1 || (this.kind !== "pipe" && this.#readline.line !== "");
     if (pasted && count > seen) setTimeout(() => this.#handOver(count), 50);
-    else if (count && this.onLines) this.onLines(this.#lines.splice(0), pasted);
+    else if (count && this.#onLines) this.#onLines(this.#lines.splice(0), pasted);
   }
   #pressed(key?: { name?: string; ctrl?: boolean }): void {
     if (key?.ctrl && key.name === "l") this.clear();
@@ -2262,6 +2276,7 @@ class Link {
   trust = ""; // why the server is trusted
   ended = ""; // why the connection ended; empty while it has not
   heard = now();
+  asked = false; // a PING has asked since
   readonly caps = new Set<string>();
   scram = false; // it is a server of ours, which knows SCRAM-SCRYPT-PLUS and numbered lines
   explain: (text: string) => void = () => {};
@@ -2273,6 +2288,7 @@ class Link {
     const splitter = new Splitter(LIMITS.serverTagBytes);
     socket.on("data", (chunk: Buffer) => {
       this.heard = now();
+      this.asked = false;
       this.explain(`read ${recorded(chunk.length)}`);
       splitter.push(chunk);
       for (let split; (split = splitter.next());) if (split.text) this.#take(parse(split.text));
@@ -2282,7 +2298,7 @@ class Link {
   }
   #take(line: Line): void {
     if (line.command === "PING") return this.send("PONG", line.params);
-    if (line.command === "ERROR") return this.end(clean(line.params[0] ?? ""));
+    if (line.command === "ERROR") return this.end(said(line));
     this.#lines.push(line);
     this.#wake();
   }
@@ -2312,7 +2328,7 @@ class Link {
     for (;;) {
       const line = this.#lines.shift();
       if (line && (!commands.length || commands.includes(line.command))) return line;
-      if (!line && this.ended) throw new Fault(this.ended, "is the server still running?");
+      if (!line && this.ended) throw new Lost(this.ended, "is the server still running?");
       if (!line) await new Promise<void>((wake) => this.#wake = wake);
     }
   }
@@ -2334,6 +2350,11 @@ const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: s
     "is it the right port?",
   ],
   [
+    /ECONNRESET|disconnected|closed/i,
+    "it closed the connection while TLS was set up",
+    "is it a chat server, and has it room?",
+  ],
+  [
     /ETIMEDOUT|EHOSTUNREACH|ENETUNREACH|timed out|unreachable/i,
     "nothing answers there",
     "is there a firewall in between?",
@@ -2352,11 +2373,11 @@ function connect({ host, port, ca, keylog }: JoinOptions): Promise<Link> {
       clearTimeout(timer);
       const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
       socket.destroy();
-      reject(new Fault(`cannot join ${host}:${port}: ${what}`, hint));
+      reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
     };
     const timer = setTimeout(() => fail("timed out"), LIMITS.handshakeMs);
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
-    socket.on("close", () => fail("it closed the connection while TLS was being set up"));
+    socket.on("close", () => fail("closed"));
     if (keylog) socket.on("keylog", (line) => process.stderr.write(line));
     socket.setNoDelay(true);
     socket.once("secureConnect", () => {
@@ -2374,6 +2395,7 @@ interface Entered {
   here: boolean; // it was entered on this connection
   greeted: boolean;
   last?: { readonly id: string; readonly time: number }; // the last message that was shown
+  topic?: string | undefined; // to be told when one is greeted
   asked?: "first" | "missed" | "more" | undefined; // its history was asked for: what is said meanwhile waits
   held: Line[];
 }
@@ -2381,6 +2403,9 @@ interface Entered {
 /** The capabilities that the client knows. */
 const WANTED = Object.keys(CAP).filter((name) => name !== "labeled-response" && name !== REGISTRATION);
 const HISTORY_SHOWN = 50; // messages, on joining
+/** What a server has to say, as the program says things itself. */
+const said = ({ params }: Line) =>
+  clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]* )/, (first) => first.toLowerCase());
 const nickOf = ({ source }: Line) => clean(source.split("!")[0] ?? "");
 const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
 const isYes = (answer = "") => /^y(es)?$/i.test(answer.trim());
@@ -2414,7 +2439,7 @@ class Client {
   readonly #outbox = new Map<number, readonly [command: string, target: string, text: string]>();
   readonly #instance = crypto.randomBytes(9).toString("base64url");
   #number = 0;
-  #mask = ""; // what the server puts before our lines, as their source; its length counts
+  #mask = "x".repeat(100); // what the server puts before our lines, as their source; its length counts
   #page: number = LIMITS.chathistory; // events that the server gives at once
   readonly #seen = new Set<string>(); // ids of messages that were shown lately
   #latest = 0; // the time of the latest
@@ -2437,15 +2462,20 @@ class Client {
     this.screen.onInterrupt = () => this.leave();
     this.screen.onEnd = () => {
       this.#draining = true;
-      if (this.screen.kind !== "pipe" || !this.#outbox.size) this.leave();
+      if (this.screen.kind !== "pipe" || (this.#wasIn && !this.#outbox.size)) this.leave();
     };
+    if (this.screen.kind === "pipe") {
+      this.screen.onLines = (lines) => lines.filter(Boolean).forEach((line) => this.say("", line));
+    }
     this.screen.onTab = (before) => this.#completions(before);
     const timer = setInterval(() => this.#watch(), 1000);
     try {
       return await Promise.race([this.#talk(), new Promise<number>((stop) => this.#stop = stop)]);
     } finally {
       clearInterval(timer);
-      if (this.#outbox.size) this.screen.note(`${plural(this.#outbox.size, "line was", "lines were")} not sent`);
+      if (this.#wasIn && this.#outbox.size) {
+        this.screen.note(`${plural(this.#outbox.size, "line was", "lines were")} not sent`);
+      }
       this.link?.end("left");
     }
   }
@@ -2469,7 +2499,7 @@ class Client {
         for (tries = 0;;) this.#handle(await this.link.next());
       } catch (error) {
         if (this.#leaving) return this.#status;
-        const lost = error instanceof Fault && error.status === 1 && (this.#wasIn || this.#slow);
+        const lost = error instanceof Lost && (this.#wasIn || this.#slow);
         if (!lost) throw error;
         if (!this.#slow) await this.#waitToRetry(tries++, error.message);
         this.#slow = false;
@@ -2493,7 +2523,10 @@ class Client {
     const { link } = this;
     const silent = link && this.#wasIn ? now() - link.heard : 0;
     if (silent > 60_000) link?.end("nothing heard for a minute");
-    else if (silent > 30_000 && silent <= 31_000) link?.send("PING", ["there?"]);
+    else if (silent > 30_000 && link && !link.asked) {
+      link.asked = true;
+      link.send("PING", ["there?"]);
+    }
   }
   reconnect(): void {
     this.#retry();
@@ -2571,11 +2604,9 @@ class Client {
     else await this.#logInElsewhere(link, mechanisms.includes("PLAIN"));
     link.send("CAP", ["END"]);
     for (;;) {
-      const { command, params } = await link.next();
-      if (command === "001") return this.#welcomed(link, params[0] ?? this.nick);
-      if (/^4\d\d$/.test(command)) {
-        throw new Fault(clean(params.at(-1) ?? ""), "./chat join NICK@HOST takes another nick");
-      }
+      const line = await link.next();
+      if (line.command === "001") return this.#welcomed(link, line.params[0] ?? this.nick);
+      if (/^4\d\d$/.test(line.command)) throw new Fault(said(line), "./chat join NICK@HOST takes another nick");
     }
   }
   /** Asks a person. If that takes longer than the server waits, everything begins anew, with the answer. */
@@ -2605,6 +2636,7 @@ class Client {
       else if (result !== "in") {
         if (this.options.password !== undefined) throw new Fault(result, "another nick, or another password");
         this.screen.note(result);
+        if (link.ended) throw new Fault(link.ended, "try again later");
         this.#password = this.#keys = undefined;
       }
     }
@@ -2620,7 +2652,7 @@ class Client {
     for (;;) {
       link.authenticate(String(message));
       const line = await link.next("AUTHENTICATE", "904");
-      if (line.command === "904") return clean(line.params.at(-1) ?? "").replace(/^.*: /, "").toLowerCase();
+      if (line.command === "904") return said(line);
       const answer = fromBase64(line.params[0]).toString();
       if (answer === "e=channel-bindings-dont-match") {
         throw new Fault(
@@ -2666,12 +2698,12 @@ class Client {
     }
     this.#keys ??= await deriveKeys(this.#password ?? "");
     link.send("REGISTER", ["*", "*", formatVerifier(verifierOf(this.#keys))]);
-    const { params } = await link.next("REGISTER", "FAIL");
-    if (params[0] === "SUCCESS") {
+    const line = await link.next("REGISTER", "FAIL");
+    if (line.params[0] === "SUCCESS") {
       return this.#explain("registered: the server keeps a verifier, and was not told the password");
     }
     this.#keys = undefined;
-    const why = clean(params.at(-1) ?? "");
+    const why = said(line);
     if (this.options.nick || this.screen.kind === "pipe") {
       throw new Fault(why, "./chat join NICK@HOST takes another nick");
     }
@@ -2699,7 +2731,7 @@ class Client {
 
   // ---- Saying
 
-  /** Takes what was entered. A slash begins a command, unless it was pasted or came through a pipe. */
+  /** Takes what was entered. A slash begins a command, unless it was pasted; what comes through a pipe is text. */
   async entered(lines: readonly string[], pasted: boolean): Promise<void> {
     const texts = lines.filter((line) => line.trim());
     if (pasted && texts.length > 5 && !isYes(await this.screen.ask(`Send these ${texts.length} lines? (yes/no) `))) {
@@ -2707,7 +2739,7 @@ class Client {
     }
     for (const text of texts) {
       const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
-      if (pasted || this.screen.kind === "pipe" || slash === undefined) this.say("", text);
+      if (pasted || slash === undefined) this.say("", text);
       else if (slash) this.say("", text.slice(1));
       else await this.#command(name.toLowerCase(), rest.trim());
     }
@@ -2793,9 +2825,11 @@ class Client {
         if (mine) this.nick = clean(first);
         return;
       case "TOPIC":
+        if (room) room.topic = undefined;
         return this.screen.note(`${nick} set the topic of ${clean(first)}: ${clean(second)}`);
       case "332":
-        return this.screen.note(`topic of ${clean(second)}: ${clean(third)}`);
+        if (this.rooms.has(fold(second))) Object.assign(this.rooms.get(fold(second)) ?? {}, { topic: third });
+        return;
       case "353":
         for (const name of (line.params[3] ?? "").split(" ").filter(Boolean)) {
           const one = clean(name.replace(/^[@+%&~!]+/, "").split("!")[0] ?? "");
@@ -2816,15 +2850,15 @@ class Client {
       case "NOTE":
       case "FAIL":
         if (first === "PASS" && line.command === "NOTE") this.#keys = this.#newKeys;
-        return this.screen.note(text);
+        return this.screen.note(said(line));
     }
-    if (/^(30[1-6]|[45]\d\d)$/.test(line.command)) this.screen.note(text);
+    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) this.screen.note(text);
     const hopeless = this.screen.kind === "pipe" && this.wanted && fold(second) === fold(this.wanted);
     if (hopeless && line.command.startsWith("4")) throw new Fault(text, "--room names another room", 2);
   }
   #welcomed(link: Link, nick: string): void {
     this.nick = nick;
-    this.#mask ||= `${nick}!${nick}@${link.scram ? "chat" : "x".repeat(63)}`;
+    if (link.scram) this.#mask = source(nick);
     const names = [...this.rooms.values()].map(({ name }) => name);
     if (this.wanted) names.push(this.wanted);
     else if (!names.length && !link.scram) names.push("#chat");
@@ -2834,7 +2868,7 @@ class Client {
       link.send("CHATHISTORY", ["TARGETS", ...moments, String(this.#page)]);
     }
     this.#wasIn = true;
-    this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
+    if (this.screen.kind !== "pipe") this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
   }
   #entered(name: string, source: string): void {
     const { link } = this;
@@ -2844,17 +2878,20 @@ class Client {
     room.nicks.clear();
     room.here = true;
     this.#mask = source;
+    const fromNow = this.screen.kind === "pipe" && !room.last; // a script does not hear what was said before
+    if (fromNow) room.last = { id: "", time: this.#latest || now() };
     if (this.wanted ? fold(this.wanted) === fold(name) : !this.room) {
       this.wanted = "";
       this.room = room;
     }
-    if (link?.caps.has("draft/chathistory")) {
+    if (link?.caps.has("draft/chathistory") && !fromNow) {
       room.asked = room.last ? "missed" : "first";
       const since = new Date((room.last?.time ?? 1) - 1).toISOString(); // with the last one once more, or there is a gap
       const how = room.last ? ["AFTER", name, `timestamp=${since}`] : ["LATEST", name, "*"];
       link.send("CHATHISTORY", [...how, String(this.#page)]);
     }
-    if (room === this.room) { for (const number of this.#outbox.keys()) this.#transmit(number); }
+    for (const number of room === this.room ? this.#outbox.keys() : []) this.#transmit(number);
+    if (room === this.room && this.#draining && !this.#outbox.size) this.leave();
     this.#showPrompt();
   }
   /** Tells that one is in a room, once its names and its history are there. */
@@ -2863,6 +2900,7 @@ class Client {
     const { screen } = this;
     const here = named([...room.nicks.values()].filter((nick) => fold(nick) !== fold(this.nick)), 12);
     const name = clean(room.name);
+    if (room.topic && !room.greeted) screen.note(`topic of ${name}: ${clean(room.topic)}`);
     if (room.greeted) screen.note(`back in ${name}`);
     else if (screen.kind === "pipe" || this.rooms.size > 1) {
       screen.note(`in ${name} as ${this.nick}; here: ${here || "nobody else"}`);
@@ -2886,7 +2924,7 @@ class Client {
   #showHistory(target: string, lines: readonly Line[]): void {
     const room = this.rooms.get(fold(target));
     const { asked, last } = room ?? { asked: "more", last: undefined };
-    if (asked === "missed" && !lines.some(({ tags }) => tags.get("msgid") === last?.id)) {
+    if (asked === "missed" && last?.id && !lines.some(({ tags }) => tags.get("msgid") === last?.id)) {
       this.screen.note("something may be missing here: the server no longer has it");
     }
     const messages = lines.filter(({ command }) => command === "PRIVMSG" || command === "NOTICE");
@@ -2895,7 +2933,7 @@ class Client {
       const nick = nickOf(line);
       if (line.command === "PRIVMSG" || line.command === "NOTICE") {
         this.#show(line, !asked || asked === "first", !asked);
-      } else if (line.command === "TOPIC") this.screen.note(`${nick} set the topic: ${clean(line.params[1] ?? "")}`);
+      } else if (line.command === "TOPIC") this.#dispatch(line);
       else if (fold(nick) !== fold(this.nick)) this.#presence[line.command === "JOIN" ? "joined" : "left"].add(nick);
     }
     this.#tellPresence();
@@ -2923,7 +2961,7 @@ class Client {
     const told = Object.entries(this.#presence).filter(([, nicks]) => nicks.size)
       .map(([how, nicks]) => `${named([...nicks], 5)} ${how}`);
     for (const nicks of Object.values(this.#presence)) nicks.clear();
-    if (told.length) this.screen.note(told.join("; "));
+    if (told.length && this.screen.kind !== "pipe") this.screen.note(told.join("; "));
   }
   #parted(room: Entered): void {
     this.rooms.delete(fold(room.name));
@@ -2957,6 +2995,7 @@ class Client {
     const mine = fold(nick) === fold(me);
     if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && act === undefined)) return;
     const text = clean(act ?? raw);
+    if (!line.source.includes("!")) return screen.note(`${nick}: ${text}`);
     if (screen.kind === "pipe") {
       if (!mine) screen.say(`${new Date(time).toISOString()}\t${nick}\t`, act === undefined ? text : `/me ${text}`);
       return;
@@ -2965,7 +3004,6 @@ class Client {
     const day = new Date(time).toDateString();
     if (this.#day && day !== this.#day) screen.note(day);
     this.#day = day;
-    if (!line.source.includes("!")) return screen.note(`${nick}: ${text}`);
     if (!room && !mine) this.correspondent = nick;
     const called = !mine && !dim &&
       (!room || new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text));
@@ -3116,7 +3154,7 @@ const least = (minimum: number) => (text: string) =>
 const words = (text: string) => clean(text) === text && text || undefined;
 const roomName = (text: string) => isRoom(text.replace(/^#?/, "#")) ? text.replace(/^#?/, "#") : undefined;
 const EXPLAIN = option("", "tell what happens on the wire, as it happens");
-const KEYLOG = option("", "print the TLS keys, for a class; whoever has them can read along");
+const KEYLOG = option("", "print the TLS keys; whoever has them can read along");
 
 const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
   serve: {
@@ -3148,9 +3186,9 @@ const USAGE = `chat: an encrypted group chat
 
 const SECRETS = {
   serve: `Environment:
-  CHAT_SECRET          24 random characters or more: the server's key is made from
-                       them, and so survives a restart. Whoever guesses them has
-                       the key. This makes one:
+  CHAT_SECRET          24 random characters or more: the server's key is made of
+                       them, and survives a restart. Whoever guesses them has
+                       the key. To make one:
                        export CHAT_SECRET=$(openssl rand -base64 24)
   CHAT_KEY, CHAT_CERT  PEM texts of your own key and certificate chain`,
   join: `Environment:
@@ -3230,11 +3268,14 @@ async function mainServe(args: readonly string[]): Promise<number> {
   if (keylog) tell("warning: the TLS keys go to standard output; whoever has them can read along");
   tell(`serving ${serving.server.lobby.name} on ${name}:${serving.port}`);
   tell(`to join:      ${invitation}`);
-  tell(`IRC clients:  ${reach} with TLS, and the password you want as server password`);
+  tell(`IRC clients:  ${reach} with TLS; your password as server password`);
   tell("nothing is written to disk: accounts and history end with this process");
   if (isLoopback(host)) tell(`only this machine can join; ./chat serve 0.0.0.0:${serving.port} lets others in`);
   return await new Promise<number>((resolve) => {
+    let stopping = false;
     const stop = async () => {
+      if (stopping) return;
+      stopping = true;
       log("stopping");
       await serving.stop("The server is stopping");
       screen?.close();

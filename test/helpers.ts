@@ -1,0 +1,293 @@
+// What the suites share: servers and clients as processes, a hand-held IRC connection, terminals in tmux.
+// Everything waits for events. Each wait gives up after WAIT_MS and says what it saw instead.
+import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { EventEmitter, once } from "node:events";
+import fs from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import crypto from "node:crypto";
+import { mock, type TestContext } from "node:test";
+import tls from "node:tls";
+import { makeIdentity, serve, type ServerOptions, type Serving } from "../chat.ts";
+
+export const ROOT = path.join(import.meta.dirname, "..");
+export const BINARY = path.join(ROOT, "dist", process.platform === "win32" ? "chat.exe" : "chat");
+export const WAIT_MS = 15_000;
+
+/** Where a program of the system is; undefined if it is not there. */
+export function which(program: string): string | undefined {
+  const folders = (process.env["PATH"] ?? "").split(path.delimiter).concat("/usr/sbin", "/sbin");
+  return folders.map((folder) => path.join(folder, program)).find((file) => fs.existsSync(file));
+}
+
+/** Options of a test that wants programs: skipped where one is missing, but never in CI, where all of them are. */
+export function wants(...programs: readonly string[]): { skip: string | false } {
+  const missing = programs.filter((program) => !which(program));
+  if (missing.length && process.env["CI"]) throw new Error(`CI must have ${missing.join(", ")}`);
+  return { skip: missing.length ? `${missing.join(", ")} not installed` : false };
+}
+
+/** The Deno that npx has fetched for the style checks. */
+function deno(): string {
+  const args = ["--yes", "-p", "deno@2.9.6", "-c", "command -v deno"];
+  return execFileSync("npx", args, { encoding: "utf8", stdio: "pipe" }).trim().split("\n").at(-1) ?? "";
+}
+
+let denoPath: string | undefined;
+
+/** The ways to run the program: each is a command and its first arguments. */
+export const RUNTIMES: Readonly<Record<"binary" | "node" | "deno" | "node20", () => readonly string[]>> = {
+  binary: () => [BINARY],
+  node: () => [process.execPath, path.join(ROOT, "chat.ts")],
+  deno: () => [denoPath ??= deno(), "run", "--allow-net", "--allow-env", "--no-prompt", path.join(ROOT, "chat.ts")],
+  node20: () => [process.env["npm_node_execpath"] ?? "node", path.join(ROOT, "dist", "chat.mjs")],
+};
+export type Runtime = keyof typeof RUNTIMES;
+
+/** Environment for a child: nothing of ours that would change what it does. */
+export function environment(more: Readonly<Record<string, string>> = {}): Record<string, string> {
+  const kept = Object.entries(process.env).filter(([name]) => !/^(CHAT_|NO_COLOR|FORCE_COLOR|NODE_)/.test(name));
+  return { ...Object.fromEntries(kept) as Record<string, string>, ...more };
+}
+
+/** Text that comes in pieces, and those who wait for something in it. */
+export class Text extends EventEmitter {
+  all = "";
+  #taken = 0;
+
+  constructor() {
+    super();
+    this.setMaxListeners(0);
+  }
+
+  add(piece: string | Buffer): void {
+    this.all += piece;
+    this.emit("more");
+  }
+
+  /** Waits until the pattern matches what was not taken yet, and takes everything up to its end. */
+  async wait(pattern: RegExp, ms = WAIT_MS): Promise<RegExpExecArray> {
+    const late = AbortSignal.timeout(ms);
+    for (;;) {
+      const found = pattern.exec(this.all.slice(this.#taken));
+      if (found) {
+        this.#taken += found.index + found[0].length;
+        return found;
+      }
+      try {
+        await once(this, "more", { signal: late });
+      } catch {
+        throw new Error(`no ${pattern} in:\n${this.all.slice(this.#taken).slice(-3000)}`);
+      }
+    }
+  }
+}
+
+/** A child process, its output as it comes, and its end. */
+export class Running {
+  readonly out = new Text();
+  readonly err = new Text();
+  readonly child: ChildProcess;
+  /** The exit status; a signal is told by its name. */
+  readonly ended: Promise<number | string>;
+
+  constructor(test: TestContext, command: readonly string[], env: Readonly<Record<string, string>> = {}) {
+    const [file = "", ...args] = command;
+    this.child = spawn(file, args, { env: environment(env), stdio: ["pipe", "pipe", "pipe"] });
+    this.child.stdout?.setEncoding("utf8").on("data", (text: string) => this.out.add(text));
+    this.child.stderr?.setEncoding("utf8").on("data", (text: string) => this.err.add(text));
+    this.child.stdin?.on("error", () => {}); // the child may be gone
+    this.ended = new Promise((resolve) => this.child.on("close", (code, signal) => resolve(code ?? signal ?? "?")));
+    test.after(async () => {
+      this.child.kill("SIGKILL");
+      await this.ended;
+    });
+  }
+
+  write(text: string): void {
+    this.child.stdin?.write(text);
+  }
+
+  end(text = ""): void {
+    this.child.stdin?.end(text);
+  }
+}
+
+export interface Served extends Running {
+  readonly port: number;
+  readonly pin: string;
+}
+
+/** Starts `chat serve` on a free port and waits until it says how to join. */
+export async function serveProcess(
+  test: TestContext,
+  args: readonly string[] = [],
+  { runtime = "binary" as Runtime, env = {}, address = "127.0.0.1:0" } = {},
+): Promise<Served> {
+  const running = new Running(test, [...RUNTIMES[runtime](), "serve", address, ...args], env);
+  const [, port, pin] = await running.err.wait(/chat join \S+:(\d+)\/(\S+)\n/);
+  return Object.assign(running, { port: Number(port), pin: String(pin) });
+}
+
+/** Starts `chat join` with pipes. */
+export function joinProcess(
+  test: TestContext,
+  address: string,
+  args: readonly string[] = [],
+  { runtime = "binary" as Runtime, env = {} as Readonly<Record<string, string>>, password = "secret" } = {},
+): Running {
+  const secrets = password ? { CHAT_PASSWORD: password } : {};
+  return new Running(test, [...RUNTIMES[runtime](), "join", address, ...args], { ...secrets, ...env });
+}
+
+/**
+ * Makes scrypt quick in this process, for suites in which it is not what is tested: another function of the password
+ * and the salt stands in for it.
+ */
+export function quickScrypt(): void {
+  type Callback = (error: Error | null, key: Buffer) => void;
+  const quick = (password: string, salt: Buffer, _bytes: number, _options: unknown, done: Callback) => {
+    setImmediate(done, null, crypto.createHash("sha256").update(salt).update(password).digest());
+  };
+  mock.method(crypto, "scrypt", quick);
+}
+
+const identity = makeIdentity({});
+
+/** A server in this process, with no limit on the rate and quiet unless told otherwise. */
+export async function serveHere(test: TestContext, options: ServerOptions = {}): Promise<Serving> {
+  const serving = await serve({ host: "127.0.0.1", port: 0, identity, rate: 0, perAddress: 1000, ...options });
+  test.after(() => serving.stop("The test is over"));
+  return serving;
+}
+
+/** A connection that is held by hand: lines out, patterns in. */
+export class Irc extends Text {
+  readonly socket: tls.TLSSocket;
+  readonly closed: Promise<unknown>;
+  #tokens = 0;
+
+  constructor(test: TestContext, socket: tls.TLSSocket) {
+    super();
+    this.socket = socket;
+    socket.on("data", (chunk: Buffer) => this.add(chunk));
+    socket.on("error", () => {});
+    this.closed = once(socket, "close");
+    test.after(() => socket.destroy());
+  }
+
+  send(...lines: readonly string[]): void {
+    this.socket.write(lines.map((line) => `${line}\r\n`).join(""));
+  }
+
+  /** All that comes until the server has executed everything that was sent. */
+  async sync(): Promise<string> {
+    const token = `sync-${++this.#tokens}`;
+    const from = this.all.length;
+    this.send(`PING ${token}`);
+    await this.wait(new RegExp(`PONG chat.server ${token}\r\n`));
+    return this.all.slice(from);
+  }
+}
+
+/** Connects to a server by TLS. */
+export async function dial(test: TestContext, port: number, options: tls.ConnectionOptions = {}): Promise<Irc> {
+  const socket = tls.connect({ host: "127.0.0.1", port, rejectUnauthorized: false, ...options });
+  const irc = new Irc(test, socket);
+  await once(socket, "secureConnect");
+  return irc;
+}
+
+/** Connects and logs in by PASS, with these capabilities, up to the end of the names of the first room. */
+export async function enter(
+  test: TestContext,
+  port: number,
+  nick: string,
+  caps = "",
+  password = "secret",
+): Promise<Irc> {
+  const irc = await dial(test, port);
+  if (caps) irc.send(`CAP REQ :${caps}`);
+  irc.send(`PASS ${password}`, `NICK ${nick}`, `USER ${nick} 0 * :${nick} X`);
+  if (caps) irc.send("CAP END");
+  await irc.wait(/ 366 \S+ #\S+ :End of \/NAMES list\r\n/);
+  return irc;
+}
+
+/** A terminal in tmux, on a server of its own. */
+export class Terminal {
+  readonly #socket: string;
+
+  constructor(test: TestContext, command: readonly string[], { columns = 80, rows = 24, env = {} } = {}) {
+    this.#socket = path.join(fs.mkdtempSync(path.join(os.tmpdir(), "chat-tmux-")), "s");
+    const size = ["-x", String(columns), "-y", String(rows)];
+    const line = command.map((word) => `'${word.replaceAll("'", "'\\''")}'`).join(" ");
+    const told = environment({ TERM: "xterm-256color", LANG: "C.UTF-8", ...env });
+    const run = `${line}; echo "[exit $?]"; exec cat`;
+    execFileSync("tmux", ["-u", "-f", "/dev/null", "-S", this.#socket, "new-session", "-d", ...size, run], {
+      env: told,
+    });
+    test.after(() => {
+      this.#tmux("kill-server");
+      fs.rmSync(path.dirname(this.#socket), { recursive: true });
+    });
+  }
+
+  #tmux(...args: readonly string[]): string {
+    return execFileSync("tmux", ["-S", this.#socket, ...args], { encoding: "utf8", stdio: "pipe" });
+  }
+
+  /** Types a text, and Enter. */
+  enter(text: string): void {
+    this.type(text);
+    this.keys("Enter");
+  }
+
+  type(text: string): void {
+    this.#tmux("send-keys", "-l", "--", text);
+  }
+
+  keys(...names: readonly string[]): void {
+    this.#tmux("send-keys", ...names);
+  }
+
+  paste(text: string): void {
+    this.#tmux("set-buffer", "--", text);
+    this.#tmux("paste-buffer");
+  }
+
+  resize(columns: number, rows: number): void {
+    this.#tmux("resize-window", "-x", String(columns), "-y", String(rows));
+  }
+
+  /** What tmux knows about the pane, in its format language. */
+  ask(format: string): string {
+    return this.#tmux("display-message", "-p", format).trimEnd();
+  }
+
+  /** What is on the screen; with `history` also what has scrolled away; with `escapes` colours as escape sequences. */
+  screen({ history = false, escapes = false } = {}): string {
+    const args = [...history ? ["-S", "-5000"] : [], ...escapes ? ["-e"] : []];
+    return this.#tmux("capture-pane", "-p", ...args).replace(/\s+$/, "");
+  }
+
+  /** Waits until the last prompt and all behind it are this, whatever the spaces and the line ends in it. */
+  async untilTyped(expected: string): Promise<void> {
+    const chars = [...expected].map((char) =>
+      /[\p{L}\p{N}\p{M}\p{So}]/u.test(char) ? char : `\\x${char.charCodeAt(0).toString(16)}`
+    );
+    await this.wait(new RegExp(`${chars.join("\\s*")}$`));
+  }
+
+  /** Waits until the screen matches. tmux tells no event for that, so it is looked at again and again. */
+  async wait(pattern: RegExp, options: { history?: boolean; escapes?: boolean } = {}): Promise<RegExpExecArray> {
+    const until = Date.now() + WAIT_MS;
+    for (;;) {
+      const seen = this.screen(options);
+      const found = pattern.exec(seen);
+      if (found) return found;
+      if (Date.now() > until) throw new Error(`no ${pattern} on the screen:\n${seen}`);
+      await new Promise((resolve) => setTimeout(resolve, 25));
+    }
+  }
+}

@@ -1,0 +1,412 @@
+// The program as a process: what it prints, what it ends with, what bad input gets; on every runtime where that differs.
+import assert from "node:assert/strict";
+import { execFileSync, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import fs from "node:fs";
+import net from "node:net";
+import os from "node:os";
+import path from "node:path";
+import { test, type TestContext } from "node:test";
+import tls from "node:tls";
+import { LIMITS, main, selfSigned, VERSION } from "../chat.ts";
+import * as help from "./helpers.ts";
+import {
+  BINARY,
+  enter,
+  environment,
+  joinProcess,
+  ROOT,
+  RUNTIMES,
+  serveHere,
+  serveProcess,
+  WAIT_MS,
+  wants,
+} from "./helpers.ts";
+import { generateKeyPairSync } from "node:crypto";
+
+const EVERY = Object.keys(RUNTIMES) as readonly help.Runtime[];
+
+/** Runs the program to its end. */
+function run(args: readonly string[], env: Readonly<Record<string, string>> = {}, runtime: help.Runtime = "binary") {
+  const [file = "", ...first] = RUNTIMES[runtime]();
+  const { status, stdout, stderr } = spawnSync(file, [...first, ...args], {
+    env: environment(env),
+    encoding: "utf8",
+    timeout: WAIT_MS,
+  });
+  return { status, stdout, stderr };
+}
+
+/** A server that is none of ours, on a free port. */
+async function other(t: TestContext, server: net.Server): Promise<number> {
+  const sockets = new Set<net.Socket>();
+  server.on("connection", (socket) => {
+    sockets.add(socket);
+    socket.on("error", () => {});
+  });
+  server.on("tlsClientError", () => {});
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  t.after(() => {
+    server.close();
+    for (const socket of sockets) socket.destroy();
+  });
+  return (server.address() as net.AddressInfo).port;
+}
+
+const privateKey = generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
+const STRANGER = { key: privateKey.export({ type: "pkcs8", format: "pem" }), cert: selfSigned(privateKey) };
+
+test("chat.ts imports three modules and reaches no other, by no road", () => {
+  const source = fs.readFileSync(path.join(ROOT, "chat.ts"), "utf8");
+  const imports = [...source.matchAll(/from "([^"]+)"/g)].map(([, name]) => name);
+  assert.deepEqual(imports, ["node:crypto", "node:readline", "node:tls"]);
+  assert.doesNotMatch(source, /\brequire\s*\(|\bimport\s*\(|getBuiltinModule|process\.binding|\beval\b|new Function/);
+});
+
+test("the version is that of the package", () => {
+  assert.equal(VERSION, JSON.parse(fs.readFileSync(path.join(ROOT, "package.json"), "utf8")).version);
+});
+
+for (const runtime of EVERY) {
+  test(`version, help and usage errors on ${runtime}`, () => {
+    for (const args of [["version"], ["--version"]]) {
+      assert.deepEqual(run(args, {}, runtime), { status: 0, stdout: `chat ${VERSION}\n`, stderr: "" });
+    }
+    assert.match(run(["help"], {}, runtime).stdout, /chat serve .*\n +chat join /);
+  });
+}
+
+test("help lists every option, from wherever it is asked for", () => {
+  for (const args of [["help", "serve"], ["serve", "--help"], ["serve", "-h"]]) {
+    const { status, stdout, stderr } = run(args);
+    assert.deepEqual([status, stderr], [0, ""]);
+    for (
+      const option of [
+        "--room",
+        "--topic",
+        "--name",
+        "--history",
+        "--max-clients",
+        "--per-address",
+        "--rate",
+        "--explain",
+        "--keylog",
+      ]
+    ) {
+      assert.match(stdout, new RegExp(`^  ${option} `, "m"));
+    }
+    assert.match(stdout, /openssl rand/);
+    assert.ok(stdout.split("\n").every((line) => line.length <= 80), stdout);
+  }
+  for (const option of ["--nick", "--room", "--plain", "--explain", "--keylog"]) {
+    assert.match(run(["help", "join"]).stdout, new RegExp(`^  ${option} `, "m"));
+  }
+});
+
+test("wrong usage is told with what is nearest to it, and ends with 2", () => {
+  const wrong: readonly (readonly [readonly string[], RegExp])[] = [
+    [[], /^chat: serve or join\?\nchat: hint: chat help\n$/],
+    [["sevre"], /there is no chat sevre\nchat: hint: did you mean chat serve\?/],
+    [["serve", "--romm", "x"], /chat serve has no option --romm\nchat: hint: did you mean --room\?/],
+    [["serve", "--history", "many"], /--history cannot be "many"\nchat: hint: --history N: /],
+    [["serve", "--history"], /--history cannot be ""/],
+    [["serve", "--history=-1"], /--history cannot be "-1"/],
+    [["serve", "--room", "a b"], /--room cannot be "a b"/],
+    [["serve", "--explain=yes"], /--explain cannot be "yes"/],
+    [["serve", "one", "two"], /one address is enough/],
+    [["serve", "1:2:3"], /1:2:3 is no address/],
+    [["serve", ":70000"], /:70000 is no address/],
+    [["join"], /join whom\?/],
+    [["join", "--plian", "x"], /did you mean --plain\?/],
+    [["join", "a b@x"], /a b is no nick/],
+    [["join", "x/short"], /short is no pin/],
+    [["join", "x:y"], /x:y is no address/],
+  ];
+  for (const [args, message] of wrong) {
+    const { status, stdout, stderr } = run(args);
+    assert.deepEqual([status, stdout], [2, ""], args.join(" "));
+    assert.match(stderr, message);
+    assert.match(stderr, /^(chat: [^A-Z].*[^.]\n){2}$/);
+  }
+});
+
+for (const runtime of EVERY) {
+  test(`what is wrong at the other end is told in one line, with what to try, on ${runtime}`, async (t) => {
+    const free = await new Promise<number>((resolve) => {
+      const server = net.createServer().listen(0, "127.0.0.1", () => {
+        const { port } = server.address() as net.AddressInfo;
+        server.close(() => resolve(port));
+      });
+    });
+    const cases: readonly (readonly [number, RegExp])[] = [
+      [free, /nobody listens there/],
+      [
+        await other(t, net.createServer((socket) => socket.once("data", () => socket.end("HTTP/1.1 400 Bad\r\n\r\n")))),
+        /it is no TLS server/,
+      ],
+      [await other(t, tls.createServer({ ...STRANGER, maxVersion: "TLSv1.2" })), /does not know TLS 1\.3/],
+      [await other(t, tls.createServer({ ...STRANGER, ALPNProtocols: ["http/1.1"] })), /is no chat/],
+      [await other(t, net.createServer((socket) => socket.destroy())), /closed the connection/],
+      [
+        await other(t, tls.createServer(STRANGER, (socket) => socket.end("HTTP/1.1 400 Bad\r\n\r\n"))),
+        /this is a web server/,
+      ],
+      [await other(t, tls.createServer(STRANGER, (socket) => socket.end())), /closed the connection/],
+    ];
+    for (const [port, message] of cases) {
+      const joining = joinProcess(t, `ana@127.0.0.1:${port}`, [], { runtime });
+      joining.end("hello\n");
+      assert.equal(await joining.ended, 1);
+      const told = joining.err.all.replace(/^chat: 127.0.0.1 is this machine.*\n/, "");
+      assert.match(told, message);
+      assert.match(told, /^chat: .*\nchat: hint: .*\n$/);
+      assert.equal(joining.out.all, "");
+    }
+    const nowhere = joinProcess(t, "ana@nowhere.invalid", [], { runtime });
+    assert.equal(await nowhere.ended, 1);
+    assert.match(nowhere.err.all, /there is no such host/);
+  });
+
+  test(`a port that is in use, or an address that is not ours, is told on ${runtime}`, async (t) => {
+    const server = await serveProcess(t);
+    const again = run(["serve", `:${server.port}`], {}, runtime);
+    assert.equal(again.status, 1);
+    assert.match(
+      again.stderr,
+      new RegExp(`^chat: port ${server.port} is in use already\nchat: hint: .*${server.port + 1}.*\n$`),
+    );
+    const far = run(["serve", "192.0.2.1:0"], {}, runtime);
+    assert.equal(far.status, 1);
+    assert.match(far.stderr, /^chat: .*192\.0\.2\.1.*\nchat: hint: .*\n$/);
+  });
+}
+
+test("serve tells how to join, and logs who comes and goes, but never a password or what is said", async (t) => {
+  const server = await serveProcess(t);
+  assert.match(server.err.all, /^chat: serving #chat on 127\.0\.0\.1:\d+\n/);
+  await server.err.wait(/nothing is written to disk/);
+  await server.err.wait(/only this machine can join; \.\/chat serve 0\.0\.0\.0:\d+ lets others in\n/);
+  const ana = await enter(t, server.port, "ana", "", "S3cr3t");
+  await server.err.wait(/^chat: \d\d:\d\d:\d\d ana registered and logged in from 127\.0\.0\.1\n/m);
+  ana.send("PRIVMSG #chat :t0psecret words", "QUIT");
+  await server.err.wait(/ana left from 127\.0\.0\.1: Quit\n/);
+  const wrong = await help.dial(t, server.port);
+  wrong.send("PASS An0ther", "NICK ana", "USER a 0 * :a");
+  await server.err.wait(/ana was refused from 127\.0\.0\.1: wrong password\n/);
+  server.child.kill("SIGTERM");
+  assert.equal(await server.ended, 0);
+  assert.match(server.err.all, /stopping\n/);
+  assert.doesNotMatch(server.err.all + server.out.all, /S3cr3t|An0ther|t0psecret/);
+  assert.equal(server.out.all, "");
+});
+
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  test(`on ${signal} everybody is told and the server ends with 0`, async (t) => {
+    const server = await serveProcess(t);
+    const ana = await enter(t, server.port, "ana");
+    server.child.kill(signal);
+    await ana.wait(/ERROR :The server is stopping\r\n/);
+    await ana.closed;
+    assert.equal(await server.ended, 0);
+  });
+}
+
+test("serve listens where it is told, also on IPv6", async (t) => {
+  const server = await serveProcess(t, ["--room", "lab", "--topic", "hi all", "--name", "Lab"], { address: "[::1]:0" });
+  assert.match(server.err.all, /join \[::1\]:/);
+  const joining = joinProcess(t, `ana@[::1]:${server.port}/${server.pin}`);
+  joining.end("hello\n");
+  assert.equal(await joining.ended, 0);
+  assert.match(joining.err.all, /in #lab as ana/);
+});
+
+for (const server of EVERY) {
+  for (const client of EVERY) {
+    test(`a script talks through ${client} to a server on ${server}`, async (t) => {
+      const serving = await serveProcess(t, [], { runtime: server });
+      const reader = joinProcess(t, `bo@127.0.0.1:${serving.port}`, [], { runtime: client });
+      await reader.err.wait(/in #chat as bo/);
+      const script = joinProcess(t, `ana@127.0.0.1:${serving.port}/${serving.pin}`, [], { runtime: client });
+      script.end("one\n/two is no command\nthrée\twith a tab\n\nfour");
+      assert.equal(await script.ended, 0, script.err.all);
+      assert.equal(script.out.all, "");
+      const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d\\.\\d{3}Z";
+      await reader.out.wait(
+        new RegExp(
+          `^${time}\tana\tone\n${time}\tana\t/two is no command\n${time}\tana\tthrée with a tab\n${time}\tana\tfour\n$`,
+        ),
+      );
+      reader.end();
+      assert.equal(await reader.ended, 0);
+      assert.equal(reader.out.all.split("\n").length, 5);
+    });
+  }
+}
+
+test("a pipe without a password or a nick is told what is missing", async (t) => {
+  const { port } = await serveHere(t);
+  const noNick = joinProcess(t, `127.0.0.1:${port}`);
+  noNick.end("x\n");
+  assert.equal(await noNick.ended, 2);
+  assert.match(noNick.err.all, /there is nobody to ask\nchat: hint: \.\/chat join NICK@HOST\n/);
+  const noPassword = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "" });
+  noPassword.end("x\n");
+  assert.equal(await noPassword.ended, 2);
+  assert.match(noPassword.err.all, /CHAT_PASSWORD/);
+});
+
+test("a wrong password ends a script with 1", async (t) => {
+  const { port } = await serveHere(t);
+  const first = joinProcess(t, `ana@127.0.0.1:${port}`);
+  first.end("x\n");
+  assert.equal(await first.ended, 0);
+  const second = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "other" });
+  second.end("x\n");
+  assert.equal(await second.ended, 1);
+  assert.match(second.err.all, /ana is registered here, and not with this password\nchat: hint: /);
+});
+
+test("a script that starts with nothing to say enters and leaves", async (t) => {
+  const { port } = await serveHere(t);
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`);
+  script.end();
+  assert.equal(await script.ended, 0);
+});
+
+test("SIGINT leaves politely, SIGTERM too", async (t) => {
+  const { port } = await serveHere(t);
+  const bo = await enter(t, port, "bo");
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    const script = joinProcess(t, `ana@127.0.0.1:${port}`);
+    await script.err.wait(/in #chat as ana/);
+    script.child.kill(signal);
+    assert.equal(await script.ended, 0);
+    await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
+  }
+});
+
+test("long lines of a script arrive whole, in pieces that fit, cut between characters", async (t) => {
+  const { port } = await serveHere(t);
+  const bo = await enter(t, port, "bo");
+  const text = "👩‍👩‍👧‍👦 né ".repeat(100);
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`);
+  script.end(`${text}\nlast`);
+  assert.equal(await script.ended, 0);
+  await bo.wait(/PRIVMSG #chat :last\r\n/);
+  const pieces = [...bo.all.matchAll(/:ana!ana@chat PRIVMSG #chat :?(.*)\r\n/g)].map(([line, piece = ""]) => {
+    assert.ok(Buffer.byteLength(line) <= LIMITS.bodyBytes);
+    return piece;
+  });
+  assert.equal(pieces.slice(0, -1).join(""), text);
+  assert.ok(pieces.every((piece) => !/^\u200d|\u200d$/.test(piece)));
+});
+
+test("a script says that it failed if the room does not take its lines", async (t) => {
+  const { port } = await serveHere(t);
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--room", `#${"x".repeat(49)}`]);
+  script.end("fine\n");
+  assert.equal(await script.ended, 0);
+  const member = await enter(t, port, "bo");
+  for (let at = 1; at < LIMITS.roomsPerMember; at++) member.send(`JOIN #r${at}`);
+  await member.sync();
+  const full = joinProcess(t, `bo@127.0.0.1:${port}`, ["--room", "#toomany"]);
+  full.end("lost\n");
+  assert.equal(await full.ended, 2);
+  assert.match(full.err.all, /too many channels/);
+});
+
+test("nobody who hashes passwords stops the talk: a hundred register while two talk", async (t) => {
+  const server = await serveProcess(t, ["--rate", "0", "--per-address", "500"]);
+  const [ana, bo] = [await enter(t, server.port, "ana"), await enter(t, server.port, "bo")];
+  const crowd = Array.from({ length: 100 }, (_, at) => enter(t, server.port, `n${at}`));
+  let said = 0;
+  const done = Promise.all(crowd).then(() => said = -said);
+  while (said >= 0) {
+    ana.send(`PRIVMSG #chat :number ${++said}.`);
+    await bo.wait(new RegExp(`PRIVMSG #chat :number ${said}\\.\r\n`));
+    await new Promise(setImmediate);
+  }
+  await done;
+  assert.ok(-said > 100, `only ${-said} lines were said meanwhile`);
+});
+
+test("the executable runs no file of anybody's: reading one is refused inside it", wants("strace"), async (t) => {
+  const trace = path.join(fs.mkdtempSync(path.join(os.tmpdir(), "chat-trace-")), "trace");
+  const strace = [
+    "strace",
+    "-f",
+    "-e",
+    "trace=open,openat,openat2,creat,execve,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat",
+    "-o",
+    trace,
+  ];
+  const running = new help.Running(t, [...strace, BINARY, "serve", "127.0.0.1:0"]);
+  const [, port] = await running.err.wait(/join \S+:(\d+)\//);
+  await running.err.wait(/only this machine/);
+  const started = fs.readFileSync(trace, "utf8").length;
+  const ana = await enter(t, Number(port), "ana");
+  ana.send("PRIVMSG #chat :hello");
+  await ana.sync();
+  execFileSync("pkill", ["-TERM", "-P", String(running.child.pid)]);
+  await running.ended;
+  const all = fs.readFileSync(trace, "utf8");
+  fs.rmSync(path.dirname(trace), { recursive: true });
+  const opened = all.split("\n").filter((line) => /open|creat/.test(line) && !/= -1/.test(line));
+  assert.ok(opened.length > 0 && /O_RDONLY/.test(all));
+  assert.deepEqual(
+    opened.filter((line) => /O_WRONLY|O_RDWR|O_CREAT|creat\(/.test(line) && !/"\/dev\/(null|tty)"/.test(line)),
+    [],
+  );
+  assert.doesNotMatch(all, /rename|unlink|mkdir/);
+  assert.equal(all.match(/execve\(/g)?.length, 1);
+  const later = all.slice(started).split("\n").filter((line) =>
+    /open/.test(line) && !/"\/(proc|sys|dev|etc\/(localtime|ssl))|zoneinfo/.test(line)
+  );
+  assert.deepEqual(later.filter((line) => /openat/.test(line)), []);
+});
+
+test("inside the executable a file cannot be read, nor a process started, whatever NODE_OPTIONS says", (t) => {
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-preload-"));
+  t.after(() => fs.rmSync(folder, { recursive: true }));
+  const file = path.join(folder, "preload.cjs");
+  fs.writeFileSync(file, `process.stdout.write("loosened");`);
+  for (const options of [`--require ${file}`, "--allow-fs-read=* --allow-child-process", "--inspect"]) {
+    const { status, stdout, stderr } = run(["version"], { NODE_OPTIONS: options });
+    assert.deepEqual([status, stdout, stderr], [0, `chat ${VERSION}\n`, ""]);
+  }
+  // A probe in the place of the program, made with the very settings of the executable.
+  const settings = JSON.parse(fs.readFileSync(path.join(ROOT, "dist", "runtime", "chat.json"), "utf8"));
+  const [probe, config, output] = ["probe.cjs", "sea.json", "probe"].map((name) => path.join(folder, name));
+  fs.writeFileSync(
+    probe ?? "",
+    `
+    const tries = {
+      read: () => require("node:fs").readFileSync("/etc/passwd"),
+      write: () => require("node:fs").writeFileSync("${folder}/written", "x"),
+      list: () => require("node:fs").readdirSync("/"),
+      start: () => require("node:child_process").execSync("true"),
+      thread: () => new (require("node:worker_threads").Worker)("1", { eval: true }),
+    };
+    for (const [name, run] of Object.entries(tries)) {
+      try { run(); console.log(name, "worked"); } catch (error) { console.log(name, error.code); }
+    }`,
+  );
+  fs.writeFileSync(config ?? "", JSON.stringify({ ...settings, main: probe, output, useCodeCache: false }));
+  execFileSync(process.execPath, ["--build-sea", config ?? ""]);
+  const told = spawnSync(output ?? "", { env: environment({ NODE_OPTIONS: "--allow-fs-read=*" }), encoding: "utf8" });
+  const denied = ["read", "write", "list", "start", "thread"].map((name) => `${name} ERR_ACCESS_DENIED\n`).join("");
+  assert.deepEqual([told.stdout, told.stderr], [denied, ""]);
+});
+
+test("no stack trace reaches a user", async () => {
+  const written: string[] = [];
+  const write = process.stderr.write;
+  process.stderr.write = ((text: string) => written.push(text) > 0) as typeof write;
+  try {
+    assert.equal(await main(["serve", "--name", "x", "256.256.256.256:1"]), 1);
+  } finally {
+    process.stderr.write = write;
+  }
+  assert.doesNotMatch(written.join(""), /\bat .*:\d+:\d+|Error/);
+});

@@ -1,0 +1,960 @@
+// The protocol, over TLS, as a client sees it.
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { test, type TestContext } from "node:test";
+import * as chat from "../chat.ts";
+import { dial, enter, type Irc, quickScrypt, serveHere } from "./helpers.ts";
+
+quickScrypt();
+
+const ALL =
+  "message-tags server-time account-tag extended-join echo-message batch labeled-response away-notify standard-replies " +
+  "cap-notify sasl draft/chathistory draft/event-playback draft/account-registration";
+const b64 = (text: string) => Buffer.from(text).toString("base64");
+const plain = (nick: string, password: string) => b64(`\0${nick}\0${password}`);
+/** The lines of a text that begin with nothing but what is asked for. */
+const lines = (text: string, pattern: RegExp) => text.split("\r\n").filter((line) => pattern.test(line));
+
+// ---- Getting in
+
+test("PASS registers a free nick, says so, and logs in the next time", async (t) => {
+  const { port } = await serveHere(t);
+  const first = await dial(t, port);
+  first.send("NICK ana", "PASS secret", "USER ana 0 * :Ana");
+  await first.wait(/:chat\.server NOTICE ana :ana is registered now/);
+  await first.wait(/:chat\.server 001 ana :.*ana!ana@chat\r\n/);
+  await first.wait(/ 376 ana :End of MOTD\r\n:ana!ana@chat JOIN #chat\r\n/);
+  await first.wait(/ 353 ana = #chat :ana\r\n/);
+  first.send("QUIT");
+  await first.wait(/ERROR :Quit\r\n/);
+  await first.closed;
+  const again = await dial(t, port);
+  again.send("PASS secret", "NICK ANA", "USER x 0 * :x");
+  await again.wait(/ 001 ana /);
+  assert.doesNotMatch(again.all, /registered now/);
+});
+
+test("a wrong password is 464, never 433, and three of them end the connection", async (t) => {
+  const { port } = await serveHere(t);
+  await enter(t, port, "ana");
+  const irc = await dial(t, port);
+  irc.send("NICK ana", "USER a 0 * :a", "PASS wrong");
+  await irc.wait(/ 464 ana :Wrong password\r\n/);
+  irc.send("PASS worse");
+  await irc.wait(/ 464 /);
+  irc.send("PASS worst");
+  await irc.wait(/ 464 [\s\S]*ERROR :Too many wrong passwords\r\n/);
+  await irc.closed;
+  assert.doesNotMatch(irc.all, / 433 /);
+});
+
+test("without a password one is told what to do, and PASS still works then", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("JOIN :", "NICK ana", "USER a 0 * :a");
+  await irc.wait(/ 451 \* /);
+  await irc.wait(/ 464 ana :A password is needed/);
+  await irc.wait(/NOTICE ana :.*PASS/);
+  irc.send("PASS secret");
+  await irc.wait(/ 001 ana /);
+});
+
+test("before login everything else is 451, and nothing is closed by it", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  const early = ["CAP", "AUTHENTICATE", "REGISTER", "PASS", "NICK", "USER", "PING", "PONG", "ERROR", "QUIT"];
+  for (const name of [...Object.keys(chat.COMMANDS), "NONSENSE"].filter((command) => !early.includes(command))) {
+    irc.send(`${name} a b c d`);
+    await irc.wait(/ 451 \* :You have not registered\r\n/);
+  }
+  await irc.sync();
+});
+
+for (
+  const order of [["CAP END", "NICK ana", "USER a 0 * :a"], ["NICK ana", "CAP END", "USER a 0 * :a"], [
+    "USER a 0 * :a",
+    "NICK ana",
+    "CAP END",
+  ]]
+) {
+  test(`SASL PLAIN works with ${order.join(", ").replace(/ [^,]*/g, "")} in this order`, async (t) => {
+    const { port } = await serveHere(t);
+    (await enter(t, port, "ana")).send("QUIT");
+    const irc = await dial(t, port);
+    irc.send("CAP LS 302", "CAP REQ :sasl");
+    await irc.wait(/CAP \* LS :.*sasl=SCRAM-SCRYPT-PLUS,PLAIN/);
+    await irc.wait(/CAP \* ACK sasl\r\n/);
+    irc.send("AUTHENTICATE PLAIN");
+    await irc.wait(/^AUTHENTICATE \+\r\n/m);
+    irc.send(`AUTHENTICATE ${plain("ana", "secret")}`);
+    await irc.wait(/ 900 ana ana!ana@chat ana :You are now logged in as ana\r\n.* 903 /);
+    assert.doesNotMatch(irc.all, / 001 /);
+    irc.send(...order);
+    await irc.wait(/ 001 ana /);
+  });
+}
+
+test("after SASL the nick is the account's, whatever NICK said", async (t) => {
+  const { port } = await serveHere(t);
+  (await enter(t, port, "ana")).send("QUIT");
+  const irc = await dial(t, port);
+  irc.send(
+    "CAP REQ sasl",
+    "NICK ana_",
+    "USER a 0 * :a",
+    "AUTHENTICATE PLAIN",
+    `AUTHENTICATE ${plain("ana", "secret")}`,
+    "CAP END",
+  );
+  await irc.wait(/ 001 ana /);
+});
+
+test("SASL is aborted, fails, is tried again, takes pieces of 400 bytes, and names the mechanisms", async (t) => {
+  const { port } = await serveHere(t);
+  const long = "p".repeat(288); // makes a message of exactly 400 bytes of base64
+  (await enter(t, port, "ana", "", long)).send("QUIT");
+  const irc = await dial(t, port);
+  irc.send("CAP REQ sasl", "AUTHENTICATE NONSENSE");
+  await irc.wait(/ 908 \* SCRAM-SCRYPT-PLUS,PLAIN :.*\r\n.* 904 /);
+  irc.send("AUTHENTICATE PLAIN", "AUTHENTICATE *");
+  await irc.wait(/AUTHENTICATE \+\r\n.* 906 /);
+  irc.send("AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("ana", "wrong")}`);
+  await irc.wait(/ 904 \* :.*Wrong password/);
+  irc.send("AUTHENTICATE PLAIN", `AUTHENTICATE ${"A".repeat(401)}`);
+  await irc.wait(/ 905 /);
+  irc.send("AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("nobody", "x")}`);
+  await irc.wait(/ 904 \* :.*No account of that name/);
+  const message = b64(`ana\0ana\0${"p".repeat(288)}`);
+  const pieces = [...message.match(/.{1,400}/g) ?? []];
+  irc.send(
+    "AUTHENTICATE PLAIN",
+    ...pieces.map((piece) => `AUTHENTICATE ${piece}`),
+    ...message.length % 400 ? [] : ["AUTHENTICATE +"],
+  );
+  await irc.wait(/ 903 /);
+  irc.send("CAP END", "NICK x", "USER a 0 * :a");
+  await irc.wait(/ 001 ana /);
+  irc.send("AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("ana", "wrong")}`);
+  await irc.wait(/ 904 ana /);
+  const again = b64(`ana\0ana\0${long}`);
+  irc.send(
+    "AUTHENTICATE PLAIN",
+    ...(again.match(/.{1,400}/g) ?? []).map((piece) => `AUTHENTICATE ${piece}`),
+    ...again.length % 400 ? [] : ["AUTHENTICATE +"],
+  );
+  await irc.wait(/ 903 ana /);
+});
+
+test("PASS never registers on a connection that has tried SASL", async (t) => {
+  const { port, server } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send(
+    "CAP REQ sasl",
+    "PASS secret",
+    "NICK ana",
+    "USER a 0 * :a",
+    "AUTHENTICATE PLAIN",
+    `AUTHENTICATE ${plain("ana", "secret")}`,
+  );
+  await irc.wait(/ 904 /);
+  irc.send("CAP END");
+  await irc.wait(/ 464 ana :No account of that name/);
+  assert.equal(server.accounts.find("ana"), undefined);
+});
+
+test("REGISTER makes an account before connecting and logs in", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("CAP LS 302");
+  await irc.wait(/draft\/account-registration=before-connect/);
+  irc.send("REGISTER * * secret");
+  await irc.wait(/FAIL REGISTER NEED_NICK \* :/);
+  irc.send("NICK ana", "USER a 0 * :a", "REGISTER bo * secret");
+  await irc.wait(/FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK bo :/);
+  irc.send("REGISTER * me@example.org secret");
+  await irc.wait(/FAIL REGISTER UNACCEPTABLE_EMAIL \* :/);
+  irc.send("REGISTER * * :");
+  await irc.wait(/FAIL REGISTER UNACCEPTABLE_PASSWORD \* :/);
+  irc.send("REGISTER * * SCRAM-SCRYPT$1024:AAAA$BBBB:CCCC");
+  await irc.wait(/FAIL REGISTER UNACCEPTABLE_PASSWORD \* :/);
+  irc.send("REGISTER ANA * secret");
+  await irc.wait(/REGISTER SUCCESS ana :/);
+  await irc.wait(/ 900 /);
+  irc.send("CAP END");
+  await irc.wait(/ 001 ana /);
+  irc.send("REGISTER * * secret");
+  await irc.wait(/FAIL REGISTER ALREADY_AUTHENTICATED \* :/);
+  const other = await dial(t, port);
+  other.send("CAP LS 302", "NICK ana", "REGISTER * * other");
+  await other.wait(/FAIL REGISTER ACCOUNT_EXISTS \* :/);
+});
+
+/** Logs in by SCRAM as `join` does; the lines that came. */
+async function scram(irc: Irc, nick: string, password: string, binding = bindingOf(irc)): Promise<string> {
+  const client = chat.scramClient(nick, (salt) => chat.deriveKeys(password, salt), binding);
+  irc.send("AUTHENTICATE SCRAM-SCRYPT-PLUS");
+  await irc.wait(/AUTHENTICATE \+\r\n/);
+  let message = String((await client.next()).value);
+  for (;;) {
+    irc.send(`AUTHENTICATE ${b64(message)}`);
+    const [, piece] = await irc.wait(/AUTHENTICATE (\S+)\r\n| 904 .*\r\n/);
+    if (!piece) return "904";
+    const answer = Buffer.from(piece, "base64").toString();
+    if (answer.startsWith("e=")) {
+      await irc.wait(/ 904 /);
+      return answer;
+    }
+    const step = await client.next(answer);
+    if (step.done) {
+      assert.equal(step.value, true);
+      irc.send("AUTHENTICATE +");
+      await irc.wait(/ 903 /);
+      return "903";
+    }
+    message = String(step.value);
+  }
+}
+const bindingOf = (irc: Irc) => createHash("sha256").update(irc.socket.getPeerX509Certificate()?.raw ?? "").digest();
+
+test("a verifier registers without logging in, and SCRAM logs in to it; so does PASS", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  const verifier = chat.formatVerifier(chat.verifierOf(await chat.deriveKeys("secret")));
+  irc.send("CAP REQ sasl", "NICK ana", "USER a 0 * :a");
+  assert.equal(await scram(irc, "ana", "secret"), "e=unknown-user");
+  irc.send(`REGISTER * * ${verifier}`);
+  await irc.wait(/REGISTER SUCCESS ana :/);
+  assert.doesNotMatch(irc.all, / 900 /);
+  assert.equal(await scram(irc, "ana", "wrong"), "e=invalid-proof");
+  assert.equal(await scram(irc, "ana", "secret", Buffer.alloc(32)), "e=channel-bindings-dont-match");
+  assert.equal(await scram(irc, "ana", "secret"), "903");
+  irc.send("CAP END");
+  await irc.wait(/ 001 ana /);
+  await enter(t, port, "ana", "", "secret");
+});
+
+test("a new verifier changes the password of who logged in by SCRAM, and of nobody else", async (t) => {
+  const { port } = await serveHere(t);
+  const byPass = await enter(t, port, "ana");
+  const verifier = chat.formatVerifier(chat.verifierOf(await chat.deriveKeys("new")));
+  byPass.send(`PASS ${verifier}`);
+  await byPass.wait(/ 462 /);
+  const irc = await dial(t, port);
+  irc.send("CAP REQ sasl", "NICK ana", "USER a 0 * :a");
+  await scram(irc, "ana", "secret");
+  irc.send("CAP END");
+  await irc.wait(/ 366 /);
+  irc.send("PASS plain");
+  await irc.wait(/ 462 /);
+  irc.send("PASS SCRAM-SCRYPT$1024:AAAA$BBBB:CCCC");
+  await irc.wait(/FAIL PASS UNACCEPTABLE_PASSWORD :/);
+  irc.send(`PASS ${verifier}`);
+  await irc.wait(/NOTE PASS PASSWORD_CHANGED :/);
+  await enter(t, port, "ana", "", "new");
+  const old = await dial(t, port);
+  old.send("PASS secret", "NICK ana", "USER a 0 * :a");
+  await old.wait(/ 464 /);
+});
+
+test("CAP lists, requests, removes, and refuses what it does not know as a whole", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("CAP LS");
+  const [, names = ""] = await irc.wait(/CAP \* LS :(.*)\r\n/);
+  assert.deepEqual(names.split(" ").sort(), ALL.split(" ").sort());
+  irc.send("CAP REQ :batch nonsense");
+  await irc.wait(/CAP \* NAK :batch nonsense\r\n/);
+  irc.send("CAP LIST");
+  await irc.wait(/CAP \* LIST :\r\n/);
+  irc.send("CAP REQ :batch echo-message");
+  await irc.wait(/CAP \* ACK :batch echo-message\r\n/);
+  irc.send("CAP REQ :-batch server-time");
+  await irc.wait(/CAP \* ACK :-batch server-time\r\n/);
+  irc.send("CAP LIST");
+  await irc.wait(/CAP \* LIST :server-time echo-message\r\n/);
+  irc.send("CAP WHAT");
+  await irc.wait(/ 410 \* WHAT :/);
+  irc.send("CAP LS 302");
+  await irc.wait(/sasl=SCRAM-SCRYPT-PLUS,PLAIN.*cap-notify|cap-notify.*sasl=SCRAM-SCRYPT-PLUS,PLAIN/);
+});
+
+test("one who negotiates is not let in before CAP END", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("CAP LS 302", "PASS secret", "NICK ana", "USER a 0 * :a");
+  assert.doesNotMatch(await irc.sync(), / 001 /);
+  irc.send("CAP END");
+  await irc.wait(/ 001 /);
+});
+
+// ---- Rooms
+
+/** Ana and bo in the first room. */
+async function two(
+  t: TestContext,
+  options: chat.ServerOptions = {},
+  caps = "",
+): Promise<{ port: number; ana: Irc; bo: Irc; server: chat.Server }> {
+  const { port, server } = await serveHere(t, options);
+  const ana = await enter(t, port, "ana", caps);
+  const bo = await enter(t, port, "bo", caps);
+  await ana.wait(/:bo!bo@chat JOIN #chat/);
+  await Promise.all([ana.sync(), bo.sync()]);
+  return { port, ana, bo, server };
+}
+
+test("what one says reaches everybody else, in the order in which it was said", async (t) => {
+  const { ana, bo } = await two(t);
+  for (let at = 0; at < 50; at++) ana.send(`PRIVMSG #chat :line ${at}`);
+  for (let at = 0; at < 50; at++) await bo.wait(new RegExp(`^:ana!ana@chat PRIVMSG #chat :line ${at}\r\n`, "m"));
+  assert.doesNotMatch(await ana.sync(), /PRIVMSG/);
+});
+
+test("an event is a line of its own for each form that readers ask for", async (t) => {
+  const { port, bo } = await two(t);
+  const modern = await enter(t, port, "cy", "message-tags server-time account-tag extended-join");
+  await bo.wait(/^:cy!cy@chat JOIN #chat\r\n/m);
+  bo.send("PRIVMSG #chat :hi");
+  await modern.wait(
+    /^@time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z;msgid=\d+-\d+;account=bo :bo!bo@chat PRIVMSG #chat :hi\r\n/m,
+  );
+  await enter(t, port, "dee");
+  await modern.wait(/^@\S+ :dee!dee@chat JOIN #chat dee :dee X\r\n/m);
+});
+
+test("JOIN and PART take several rooms; the topic and the names follow a JOIN; a second JOIN is silent", async (t) => {
+  const { ana, bo } = await two(t);
+  ana.send("JOIN #one,#two");
+  await ana.wait(
+    /:ana!ana@chat JOIN #one\r\n.* 353 ana = #one :ana\r\n.* 366 ana #one .*\r\n:ana!ana@chat JOIN #two\r\n/,
+  );
+  await ana.sync();
+  ana.send("JOIN #ONE");
+  assert.match(await ana.sync(), /^:chat\.server PONG [^\n]*\n$/);
+  ana.send("TOPIC #one :what it is about");
+  await ana.wait(/:ana!ana@chat TOPIC #one :what it is about\r\n/);
+  bo.send("JOIN #one");
+  await bo.wait(
+    /:bo!bo@chat JOIN #one\r\n.* 332 bo #one :what it is about\r\n.* 333 bo #one ana \d+\r\n.* 353 bo = #one :ana bo\r\n/,
+  );
+  await ana.wait(/:bo!bo@chat JOIN #one\r\n/);
+  ana.send("PART #one,#two :so long");
+  await bo.wait(/:ana!ana@chat PART #one :so long\r\n/);
+  await ana.wait(/:ana!ana@chat PART #two :so long\r\n/);
+  ana.send("PART #one", "PART #nowhere", "JOIN 0", "JOIN nonsense", "JOIN :#a b");
+  const answers = await ana.sync();
+  assert.match(answers, / 442 ana #one /);
+  assert.match(answers, / 403 ana #nowhere /);
+  assert.match(answers, /:ana!ana@chat PART #chat\r\n/);
+  assert.match(answers, / 476 ana nonsense /);
+});
+
+test("a topic is shown, set by anybody in the room, and removed", async (t) => {
+  const { ana, bo } = await two(t, { topic: "welcome" });
+  ana.send("TOPIC #chat");
+  await ana.wait(/ 332 ana #chat :welcome\r\n.* 333 ana #chat chat\.server \d+\r\n/);
+  bo.send("TOPIC #chat :");
+  await ana.wait(/:bo!bo@chat TOPIC #chat :\r\n/);
+  ana.send("TOPIC #chat", "TOPIC #other");
+  await ana.wait(/ 331 ana #chat :No topic is set\r\n.* 403 ana #other /);
+});
+
+test("errors in saying something are those of the documents, and a NOTICE has :none", async (t) => {
+  const { port, ana } = await two(t);
+  const cy = await enter(t, port, "cy");
+  cy.send("JOIN #private");
+  await cy.wait(/ 366 cy #private/);
+  ana.send(
+    "PRIVMSG",
+    "PRIVMSG #chat",
+    "PRIVMSG #chat :",
+    "PRIVMSG nobody :x",
+    "PRIVMSG #nowhere :x",
+    "PRIVMSG #private :x",
+  );
+  await ana.wait(
+    / 461 ana PRIVMSG :.*\r\n.* 412 ana .*\r\n.* 412 ana .*\r\n.* 401 ana nobody .*\r\n.* 403 ana #nowhere .*\r\n.* 404 ana #private /,
+  );
+  await ana.sync();
+  ana.send("NOTICE nobody :x", "NOTICE #nowhere :x", "NOTICE #private :x", "NOTICE #chat");
+  assert.match(await ana.sync(), /^:chat\.server PONG [^\n]*\n$/);
+  ana.send("NOPE");
+  await ana.wait(/ 421 ana NOPE :Unknown command/);
+});
+
+test("a message can go to several targets, but not to a crowd of them", async (t) => {
+  const { port, ana, bo } = await two(t);
+  const cy = await enter(t, port, "cy");
+  ana.send("PRIVMSG bo,cy,#chat :all of you");
+  await bo.wait(/PRIVMSG bo :all of you\r\n/);
+  await cy.wait(/PRIVMSG cy :all of you\r\n/);
+  await cy.wait(/PRIVMSG #chat :all of you\r\n/);
+  ana.send(`PRIVMSG ${Array(20).fill("bo").join(",")} :again`);
+  await ana.sync();
+  await bo.sync();
+  assert.equal(lines(bo.all, /PRIVMSG bo :again/).length, chat.LIMITS.targets);
+});
+
+test("what one says to oneself arrives, and is echoed besides", async (t) => {
+  const { ana } = await two(t);
+  ana.send("PRIVMSG ana :note");
+  await ana.wait(/^:ana!ana@chat PRIVMSG ana :note\r\n/m);
+  const { port } = await serveHere(t);
+  const modern = await enter(t, port, "ana", "echo-message labeled-response batch message-tags");
+  modern.send("@label=x PRIVMSG ana :note");
+  const seen = await modern.sync();
+  assert.equal(lines(seen, /PRIVMSG ana :note/).length, 2, seen);
+});
+
+test("NAMES, LIST, WHO and WHOX tell who is where", async (t) => {
+  const { ana, bo } = await two(t);
+  bo.send("JOIN #other", "TOPIC #other :a topic", "AWAY :lunch");
+  await bo.wait(/ 306 bo /);
+  ana.send("NAMES #chat", "NAMES #other", "NAMES #none", "NAMES");
+  await ana.wait(
+    / 353 ana = #chat :ana bo\r\n.* 366 ana #chat .*\r\n.* 353 ana = #other :bo\r\n.* 366 ana #other .*\r\n.* 366 ana #none .*\r\n.* 366 ana \* /,
+  );
+  ana.send("LIST", "LIST #other");
+  await ana.wait(
+    / 321 ana .*\r\n.* 322 ana #chat 2 :\r\n.* 322 ana #other 1 :a topic\r\n.* 323 ana .*\r\n.* 321 ana .*\r\n.* 322 ana #other 1 :a topic\r\n.* 323 /,
+  );
+  ana.send("WHO #chat", "WHO bo", "WHO nobody");
+  await ana.wait(
+    / 352 ana #chat ana chat chat\.server ana H :0 ana X\r\n.* 352 ana #chat bo chat chat\.server bo G :0 bo X\r\n.* 315 ana #chat /,
+  );
+  await ana.wait(/ 352 ana #chat bo .*\r\n.* 315 ana bo .*\r\n.* 315 ana nobody /);
+  ana.send("WHO #chat %tcnfa,42");
+  await ana.wait(/ 354 ana 42 #chat ana H ana\r\n.* 354 ana 42 #chat bo G bo\r\n.* 315 /);
+  ana.send("WHO bo %tcuihsnfdlaor,7");
+  await ana.wait(/ 354 ana 7 #chat bo 255\.255\.255\.255 chat chat\.server bo G 0 \d+ bo n\/a :bo X\r\n/);
+});
+
+test("WHOIS tells about a member but never an address", async (t) => {
+  const { ana, bo } = await two(t);
+  bo.send("AWAY :lunch");
+  await bo.sync();
+  ana.send("WHOIS bo", "WHOIS chat.server bo", "WHOIS nobody");
+  const [all] = await ana.wait(/ 311 ana bo bo chat \* :bo X\r\n[\s\S]*? 318 ana bo /);
+  for (
+    const numeric of [
+      / 319 ana bo :#chat\r\n/,
+      / 312 ana bo chat\.server /,
+      / 301 ana bo :lunch\r\n/,
+      / 317 ana bo \d+ \d+ :/,
+      / 330 ana bo bo :/,
+      / 671 ana bo :/,
+    ]
+  ) {
+    assert.match(all, numeric);
+  }
+  await ana.wait(/ 318 ana bo /);
+  await ana.wait(/ 401 ana nobody .*\r\n.* 318 ana nobody /);
+  assert.doesNotMatch(ana.all, /127\.0\.0\.1/);
+});
+
+test("AWAY is told to who writes, and to those who asked to be notified", async (t) => {
+  const { ana, bo } = await two(t, {}, "away-notify");
+  bo.send("AWAY :lunch");
+  await ana.wait(/:bo!bo@chat AWAY :lunch\r\n/);
+  ana.send("PRIVMSG bo :there?");
+  await ana.wait(/ 301 ana bo :lunch\r\n/);
+  bo.send("AWAY");
+  await bo.wait(/ 305 bo /);
+  await ana.wait(/:bo!bo@chat AWAY\r\n/);
+  bo.send("AWAY :out", "JOIN #new");
+  ana.send("JOIN #new");
+  await ana.sync();
+  bo.send("PART #new", "JOIN #new");
+  await ana.wait(/:bo!bo@chat JOIN #new\r\n:bo!bo@chat AWAY :out\r\n/);
+});
+
+test("MODE answers questions, accepts +i on oneself in silence, and refuses the rest", async (t) => {
+  const { ana } = await two(t);
+  ana.send(
+    "MODE #chat",
+    "MODE #chat b",
+    "MODE #chat +b",
+    "MODE #chat +m",
+    "MODE #none",
+    "MODE ana",
+    "MODE ana +z",
+    "MODE bo +i",
+  );
+  await ana.wait(
+    / 324 ana #chat \+n\r\n.* 368 ana #chat .*\r\n.* 368 ana #chat .*\r\n.* 482 ana #chat .*\r\n.* 403 ana #none .*\r\n.* 221 ana \+i\r\n.* 501 ana .*\r\n.* 502 ana /,
+  );
+  await ana.sync();
+  ana.send("MODE ana +i");
+  assert.match(await ana.sync(), /^:chat\.server PONG [^\n]*\n$/);
+});
+
+test("the small commands answer with their numerics", async (t) => {
+  const { ana } = await two(t);
+  ana.send(
+    "USERHOST ana bo nobody",
+    "ISON ana nobody bo",
+    "LUSERS",
+    "MOTD",
+    "TIME",
+    "VERSION",
+    "INFO",
+    "PING a:b",
+    "NICK",
+    "NICK 1x",
+    "NICK other",
+    "USER a 0 * :a",
+    "PASS x",
+  );
+  const all = await ana.sync();
+  for (
+    const pattern of [
+      / 302 ana :ana=\+ana@chat bo=\+bo@chat\r\n/,
+      / 303 ana :ana bo\r\n/,
+      / 251 ana :/,
+      / 254 ana 1 :/,
+      / 255 ana :/,
+      / 375 ana :/,
+      / 376 ana :/,
+      / 391 ana chat\.server :/,
+      / 351 ana chat-\S+ chat\.server :/,
+      / 371 ana :.*WHOIS/,
+      / 374 ana :/,
+      /PONG chat\.server a:b\r\n/,
+      / 431 ana :/,
+      / 432 ana 1x :/,
+      / 484 ana :/,
+      / 462 ana :/,
+    ]
+  ) {
+    assert.match(all, pattern);
+  }
+  assert.ok(all.split("\r\n").every((line) => Buffer.byteLength(line) <= 510));
+});
+
+test("a nick changes its case, and nothing else, before the eyes of everybody", async (t) => {
+  const { ana, bo, port } = await two(t);
+  ana.send("NICK ANA");
+  await bo.wait(/:ana!ana@chat NICK ANA\r\n/);
+  await ana.wait(/:ana!ana@chat NICK ANA\r\n/);
+  bo.send("PRIVMSG aNa :hi");
+  await ana.wait(/:bo!bo@chat PRIVMSG ANA :hi\r\n/);
+  ana.send("QUIT");
+  await ana.closed;
+  await enter(t, port, "ana");
+  await bo.wait(/:ANA!ANA@chat JOIN #chat\r\n/);
+});
+
+test("ISUPPORT says what is so", async (t) => {
+  const { ana } = await two(t, { name: "My Net" });
+  const support = lines(ana.all, / 005 ana /).join(" ");
+  for (
+    const token of [
+      "NETWORK=My\\x20Net",
+      "CASEMAPPING=ascii",
+      "UTF8ONLY",
+      "CHANTYPES=#",
+      "NICKLEN=20",
+      "CHANNELLEN=50",
+      "CHATHISTORY=100",
+      "MSGREFTYPES=msgid,timestamp",
+      "WHOX",
+    ]
+  ) {
+    assert.ok(support.includes(` ${token} `), token);
+  }
+});
+
+// ---- Lines and limits
+
+test("lines that are too long, no UTF-8, or contain NUL get the answer that the documents have", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await enter(t, port, "ana", "message-tags");
+  irc.send(`PRIVMSG #chat :${"x".repeat(600)}`);
+  await irc.wait(/ 417 ana :Input line was too long\r\n/);
+  irc.send(`@${"t".repeat(5000)} PING x`);
+  await irc.wait(/ 417 ana :/);
+  irc.socket.write(Buffer.from([0x50, 0xff, 0x0d, 0x0a]));
+  await irc.wait(/FAIL \* INVALID_UTF8 :/);
+  await irc.sync();
+  irc.socket.write("PING \0\r\n");
+  await irc.wait(/ERROR :That is not text\r\n/);
+  await irc.closed;
+});
+
+test("a line that grows by its source is cut to 512 bytes, not inside a character", async (t) => {
+  const { ana, bo } = await two(t);
+  const text = "ä".repeat(245);
+  ana.send(`PRIVMSG #chat :${text}`);
+  const [line] = await bo.wait(/^:ana!ana@chat PRIVMSG #chat :ä+\r\n/m);
+  assert.ok(Buffer.byteLength(line) <= 512 && Buffer.byteLength(line) > 509);
+});
+
+test("HTTP over TLS is told what this is", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("GET / HTTP/1.1", "Host: x", "");
+  await irc.wait(/ERROR :This is IRC, not HTTP\r\n/);
+  await irc.closed;
+});
+
+test("who does not log in in time is let go", async (t) => {
+  const { port, server } = await serveHere(t);
+  const irc = await dial(t, port);
+  await irc.sync();
+  const session = [...server.sessions][0];
+  assert.ok(session);
+  session.heard -= chat.LIMITS.silenceMs + 1;
+  server.sweep();
+  await irc.wait(/ERROR :You did not log in in time\r\n/);
+  await irc.closed;
+});
+
+test("a silent member is asked by PING, stays if it answers, and is lost if it does not", async (t) => {
+  const { ana, bo, server } = await two(t);
+  const session = [...server.sessions].find((one) => one.nick === "bo");
+  assert.ok(session);
+  session.heard -= chat.LIMITS.pingMs + 1;
+  server.sweep();
+  await bo.wait(/PING chat\.server\r\n/);
+  bo.send("PONG x");
+  await bo.sync();
+  server.sweep();
+  await bo.sync();
+  session.heard -= 2 * chat.LIMITS.pingMs + 1;
+  server.sweep();
+  await bo.closed;
+  const member = server.accounts.find("bo");
+  assert.ok(member?.present, "it is held present for a while");
+  member.leftAt -= chat.LIMITS.lingerMs + 1;
+  server.sweep();
+  await ana.wait(/:bo!bo@chat QUIT :Connection lost\r\n/);
+});
+
+// ---- Several connections of one account
+
+test("all connections of an account are one member", async (t) => {
+  const { port, ana, bo } = await two(t);
+  const desk = await enter(t, port, "ana");
+  assert.match(desk.all, /:ana!ana@chat JOIN #chat\r\n.* 353 ana = #chat :ana bo\r\n/);
+  assert.doesNotMatch(await bo.sync(), /JOIN/);
+  bo.send("PRIVMSG #chat :to all", "PRIVMSG ana :to ana");
+  for (const one of [ana, desk]) await one.wait(/PRIVMSG #chat :to all\r\n:bo!bo@chat PRIVMSG ana :to ana\r\n/);
+  desk.send("PRIVMSG #chat :from the desk");
+  await ana.wait(/:ana!ana@chat PRIVMSG #chat :from the desk\r\n/);
+  desk.send("JOIN #more");
+  await ana.wait(/:ana!ana@chat JOIN #more\r\n.* 353 ana = #more :ana\r\n/);
+  ana.send("PART #more");
+  await desk.wait(/:ana!ana@chat PART #more\r\n/);
+  bo.send("NAMES #chat", "WHOIS ana");
+  await bo.wait(/ 353 bo = #chat :(ana bo|bo ana)\r\n/);
+  ana.send("QUIT");
+  await ana.closed;
+  assert.doesNotMatch(await bo.sync(), /QUIT/);
+  desk.send("QUIT :good night");
+  await bo.wait(/:ana!ana@chat QUIT :Quit: good night\r\n/);
+});
+
+test("one's own private messages are echoed to one's other connections that know echoes", async (t) => {
+  const { port, bo } = await two(t);
+  const modern = await enter(t, port, "ana", "echo-message");
+  const sender = await enter(t, port, "ana");
+  sender.send("PRIVMSG bo :psst");
+  await bo.wait(/PRIVMSG bo :psst\r\n/);
+  await modern.wait(/:ana!ana@chat PRIVMSG bo :psst\r\n/);
+});
+
+test("others do not see a connection that is lost and soon taken up again", async (t) => {
+  const { port, ana, bo } = await two(t);
+  bo.send("JOIN #second");
+  await bo.sync();
+  bo.socket.destroy();
+  const back = await enter(t, port, "bo");
+  await back.wait(/:bo!bo@chat JOIN #second\r\n/);
+  assert.doesNotMatch(await ana.sync(), /QUIT|JOIN/);
+  back.send("QUIT");
+  await ana.wait(/QUIT/);
+});
+
+test("private messages to somebody who is away from the server are handed over on return", async (t) => {
+  const { port, ana, bo } = await two(t);
+  bo.send("QUIT");
+  await ana.wait(/:bo!bo@chat QUIT/);
+  ana.send("PRIVMSG bo :one", "PRIVMSG bo :two");
+  await ana.wait(/ 301 ana bo :Is not here, and reads it on return\r\n/);
+  await ana.sync();
+  const back = await enter(t, port, "bo", "server-time");
+  await back.wait(/^@time=\S+ :ana!ana@chat PRIVMSG bo :one\r\n@time=\S+ :ana!ana@chat PRIVMSG bo :two\r\n/m);
+  back.send("QUIT");
+  await back.closed;
+  const again = await enter(t, port, "bo");
+  assert.doesNotMatch(await again.sync(), /PRIVMSG/);
+});
+
+// ---- Tags, labels, batches
+
+test("client-only tags are relayed to those who know tags, others are not", async (t) => {
+  const { port, ana } = await two(t);
+  const cy = await enter(t, port, "cy", "message-tags echo-message");
+  const dee = await enter(t, port, "dee", "message-tags");
+  cy.send("@+react=👍;secret=x;+a\\b=c\\:d PRIVMSG #chat :tagged", "@+typing=active TAGMSG #chat");
+  await ana.wait(/^:cy!cy@chat PRIVMSG #chat :tagged\r\n/m);
+  const [line] = await dee.wait(/^@\S+ :cy!cy@chat PRIVMSG #chat :tagged\r\n@\S+ :cy!cy@chat TAGMSG #chat\r\n/m);
+  assert.match(line, /;\+react=👍/);
+  assert.match(line, /=c\\:d/);
+  assert.match(line, /\+typing=active/);
+  assert.doesNotMatch(line, /secret/);
+  await cy.wait(/TAGMSG #chat\r\n/);
+  assert.doesNotMatch(await ana.sync(), /TAGMSG/);
+});
+
+test("a labelled line is answered by one labelled line, a batch of several, or an ACK", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await enter(t, port, "ana", "labeled-response batch echo-message message-tags");
+  irc.send("@label=one PING x");
+  await irc.wait(/^@label=one :chat\.server PONG chat\.server x\r\n/m);
+  irc.send("@label=two PONG x");
+  await irc.wait(/^@label=two :chat\.server ACK\r\n/m);
+  irc.send("@label=three WHOIS ana");
+  const [whole, , name] = await irc.wait(
+    /^(@label=three :chat\.server BATCH \+(\S+) labeled-response\r\n)[\s\S]*?BATCH -\2\r\n/m,
+  );
+  assert.ok(whole.split("\r\n").slice(1, -2).every((line) => line.startsWith(`@batch=${name} :chat.server `)));
+  irc.send("@label=four PRIVMSG #chat :hi");
+  await irc.wait(/^@label=four;msgid=\S+ :ana!ana@chat PRIVMSG #chat :hi\r\n/m);
+  irc.send("@label=five PRIVMSG nobody :hi");
+  await irc.wait(/^@label=five :chat\.server 401 ana nobody /m);
+  irc.send("@label=six CHATHISTORY LATEST #chat * 10");
+  await irc.wait(/^@label=six :chat\.server BATCH \+(\S+) chathistory #chat\r\n@batch=/m);
+  irc.send("@label=seven NONSENSE");
+  await irc.wait(/^@label=seven :chat\.server 421 /m);
+});
+
+test("a numbered line is executed once, however often it is sent", async (t) => {
+  const { port, bo } = await two(t);
+  const caps = "message-tags echo-message";
+  const ana = await enter(t, port, "ana", caps);
+  const once = (number: number, text: string) => `@chat.local/once=abc-${number} PRIVMSG #chat :${text}`;
+  ana.send(once(1, "one"));
+  await ana.wait(/^@chat\.local\/once=abc-1;msgid=\S+ :ana!ana@chat PRIVMSG #chat :one\r\n/m);
+  ana.send(
+    once(1, "one"),
+    once(2, "two"),
+    "@chat.local/once=abc-3 PRIVMSG nobody :x",
+    "@chat.local/once=abc-3 PRIVMSG nobody :x",
+  );
+  await ana.wait(/^@chat\.local\/once=abc-1 :chat\.server ACK\r\n@chat\.local\/once=abc-2;msgid=\S+ .* :two\r\n/m);
+  await ana.wait(/^@chat\.local\/once=abc-3 :chat\.server 401 .*\r\n@chat\.local\/once=abc-3 :chat\.server ACK\r\n/m);
+  ana.socket.destroy();
+  const back = await enter(t, port, "ana", caps);
+  back.send(once(2, "two"), once(4, "four"));
+  await back.wait(/^@chat\.local\/once=abc-2 :chat\.server ACK\r\n@chat\.local\/once=abc-4;/m);
+  const heard = lines(await bo.sync() && bo.all, /PRIVMSG #chat/);
+  assert.deepEqual(heard.map((line) => line.split(" :").at(-1)), ["one", "two", "four"]);
+  assert.ok(heard.every((line) => !line.includes("once")), "the number is between its sender and the server");
+});
+
+// ---- History
+
+test("history is read from every side, in a batch, and within limits", async (t) => {
+  const { port } = await serveHere(t, { history: 150 });
+  const ana = await enter(t, port, "ana", "batch message-tags server-time draft/chathistory echo-message");
+  for (let at = 0; at < 200; at++) ana.send(`PRIVMSG #chat :m${at}`);
+  const ids = new Map<string, string>();
+  for (const line of lines(await ana.sync(), /PRIVMSG/)) {
+    ids.set(line.split(" :").at(-1) ?? "", /msgid=([^ ;]+)/.exec(line)?.[1] ?? "");
+  }
+  assert.equal(ids.size, 200);
+  const id = (at: number) => `msgid=${ids.get(`m${at}`)}`;
+  const read = async (command: string) => {
+    ana.send(`CHATHISTORY ${command}`);
+    const [, name = "", body = ""] = await ana.wait(
+      /:chat\.server BATCH \+(\S+) chathistory #chat\r\n([\s\S]*?):chat\.server BATCH -\1\r\n/,
+    );
+    const found = body.split("\r\n").filter(Boolean);
+    assert.ok(found.every((line) => line.startsWith(`@batch=${name};time=`)));
+    const numbers = found.map((line) => Number(line.split(" :m").at(-1)));
+    return numbers.length ? [numbers[0], numbers.at(-1), numbers.length] : [];
+  };
+  assert.deepEqual(await read("LATEST #chat * 10"), [190, 199, 10]);
+  assert.deepEqual(await read("LATEST #CHAT * 1000"), [100, 199, 100]);
+  assert.deepEqual(await read(`LATEST #chat ${id(195)} 10`), [196, 199, 4]);
+  assert.deepEqual(await read(`BEFORE #chat ${id(100)} 10`), [90, 99, 10]);
+  assert.deepEqual(await read(`BEFORE #chat ${id(52)} 10`), [50, 51, 2]);
+  assert.deepEqual(await read(`AFTER #chat ${id(100)} 10`), [101, 110, 10]);
+  assert.deepEqual(await read(`AFTER #chat ${id(10)} 10`), [50, 59, 10]);
+  assert.deepEqual(await read(`AROUND #chat ${id(100)} 10`), [95, 104, 10]);
+  assert.deepEqual(await read(`BETWEEN #chat ${id(100)} ${id(110)} 50`), [101, 109, 9]);
+  assert.deepEqual(await read(`BETWEEN #chat ${id(100)} ${id(110)} 5`), [101, 105, 5]);
+  assert.deepEqual(await read(`BETWEEN #chat ${id(110)} ${id(100)} 5`), [105, 109, 5]);
+  assert.deepEqual(await read("AFTER #chat timestamp=2001-01-01T00:00:00.000Z 3"), [50, 52, 3]);
+  assert.deepEqual(await read("BEFORE #chat timestamp=2101-01-01T00:00:00.000Z 3"), [197, 199, 3]);
+  assert.deepEqual(await read("AFTER #chat timestamp=2101-01-01T00:00:00.000Z 3"), []);
+});
+
+test("history refuses what it cannot give, with the codes of the specification", async (t) => {
+  const { ana, bo } = await two(t, {}, "batch draft/chathistory");
+  bo.send("JOIN #secret", "PRIVMSG #secret :x");
+  await bo.sync();
+  ana.send("CHATHISTORY LATEST #secret * 10");
+  await ana.wait(/FAIL CHATHISTORY INVALID_TARGET LATEST #secret :/);
+  ana.send("CHATHISTORY LATEST nobody * 10");
+  await ana.wait(/FAIL CHATHISTORY INVALID_TARGET LATEST nobody :/);
+  ana.send(
+    "CHATHISTORY LATEST #chat * 0",
+    "CHATHISTORY LATEST #chat * x",
+    "CHATHISTORY SIDEWAYS #chat msgid=1-1 5",
+    "CHATHISTORY BEFORE #chat * 5",
+    "CHATHISTORY BETWEEN #chat msgid=1-1 5",
+    "CHATHISTORY BEFORE #chat msgid=x 5",
+  );
+  for (let at = 0; at < 6; at++) await ana.wait(/FAIL CHATHISTORY INVALID_PARAMS /);
+  ana.send("CHATHISTORY LATEST");
+  await ana.wait(/ 461 ana CHATHISTORY /);
+  ana.send("CHATHISTORY LATEST bo * 10");
+  await ana.wait(/BATCH \+\S+ chathistory bo\r\n:chat\.server BATCH -/);
+});
+
+test("joins, parts and topics are in the history of those who know event-playback", async (t) => {
+  const { port, server } = await serveHere(t);
+  const plainly = await enter(t, port, "ana", "batch draft/chathistory");
+  const playing = await enter(t, port, "bo", "batch draft/chathistory draft/event-playback");
+  playing.send("TOPIC #chat :t", "PRIVMSG #chat :m", "JOIN #x", "PART #x");
+  await playing.sync();
+  plainly.send("CHATHISTORY LATEST #chat * 50");
+  const [, few = ""] = await plainly.wait(/chathistory #chat\r\n([\s\S]*?):chat\.server BATCH -/);
+  assert.deepEqual(lines(few, /./).map((line) => line.split(" ")[2]), ["PRIVMSG"]);
+  playing.send("CHATHISTORY LATEST #chat * 50");
+  const [, many = ""] = await playing.wait(/chathistory #chat\r\n([\s\S]*?):chat\.server BATCH -/);
+  assert.deepEqual(lines(many, /./).map((line) => line.split(" ")[2]), ["JOIN", "JOIN", "TOPIC", "PRIVMSG"]);
+  for (let at = 0; at < 400; at++) playing.send("JOIN #x", "PART #x");
+  await playing.sync();
+  assert.equal(server.rooms.get("#x")?.log.presence.length, chat.LIMITS.presence);
+});
+
+test("private talks have a history for the two of them, and TARGETS names what was said where", async (t) => {
+  const { port, ana, bo } = await two(t, {}, "batch draft/chathistory");
+  ana.send("PRIVMSG bo :one");
+  bo.send("PRIVMSG ana :two");
+  await Promise.all([ana.sync(), bo.sync()]);
+  for (const [one, other] of [[ana, "bo"], [bo, "ana"]] as const) {
+    one.send(`CHATHISTORY LATEST ${other.toUpperCase()} * 10`);
+    await one.wait(/:ana!ana@chat PRIVMSG bo :one\r\n@batch=\S+ :bo!bo@chat PRIVMSG ana :two\r\n/);
+  }
+  const cy = await enter(t, port, "cy", "batch draft/chathistory");
+  cy.send("CHATHISTORY LATEST ana * 10");
+  await cy.wait(/chathistory ana\r\n:chat\.server BATCH -/);
+  ana.send(
+    "PRIVMSG #chat :three",
+    "CHATHISTORY TARGETS timestamp=2001-01-01T00:00:00.000Z timestamp=2101-01-01T00:00:00.000Z 10",
+  );
+  const [, found = ""] = await ana.wait(/draft\/chathistory-targets\r\n([\s\S]*?):chat\.server BATCH -/);
+  assert.deepEqual(lines(found, /./).map((line) => line.split(" ").slice(2, 5).join(" ").replace(/ \d.*/, "")), [
+    "CHATHISTORY TARGETS bo",
+    "CHATHISTORY TARGETS #chat",
+  ]);
+  ana.send("CHATHISTORY TARGETS timestamp=2001-01-01T00:00:00.000Z timestamp=2002-01-01T00:00:00.000Z 10");
+  await ana.wait(/draft\/chathistory-targets\r\n:chat\.server BATCH -/);
+});
+
+test("ids rise over the whole server, and do not go back when the clock does", async (t) => {
+  const { port } = await serveHere(t);
+  const ana = await enter(t, port, "ana", "message-tags echo-message server-time");
+  const real = Date.now();
+  t.mock.method(Date, "now", () => real - 3_600_000);
+  ana.send("PRIVMSG #chat :a", "JOIN #b", "PRIVMSG #b :b", "PRIVMSG #chat :c");
+  const found = lines(await ana.sync(), /PRIVMSG/).map((line) =>
+    /msgid=(\d+)-(\d+)/.exec(line)?.slice(1).map(Number) ?? []
+  );
+  for (const [at, [time = 0, number = 0]] of found.entries()) {
+    const [before = 0, last = 0] = found[at - 1] ?? [real - 1000, 0];
+    assert.ok(time >= before && number > last);
+  }
+});
+
+test("an empty room and its log stay ten minutes, the first room always", async (t) => {
+  const { port, server } = await serveHere(t);
+  const ana = await enter(t, port, "ana", "batch draft/chathistory");
+  ana.send("JOIN #x", "PRIVMSG #x :kept", "PART #x", "PART #chat");
+  await ana.sync();
+  server.sweep();
+  ana.send("JOIN #x", "CHATHISTORY LATEST #x * 5");
+  await ana.wait(/PRIVMSG #x :kept/);
+  ana.send("PART #x");
+  await ana.sync();
+  for (const room of server.rooms.values()) room.emptySince -= chat.LIMITS.roomIdleMs + 1;
+  server.sweep();
+  assert.deepEqual([...server.rooms.keys()], ["#chat"]);
+});
+
+// ---- The operator
+
+test("the operator can lock, admit, kick, forget and say", async (t) => {
+  const { ana, bo, port, server } = await two(t, {}, "cap-notify");
+  const order = (name: string, nick = "", rest = "") =>
+    [chat.CONSOLE[name]?.run(server, nick, rest) ?? ""].flat().join("\n");
+  assert.match(order("who"), /^ana +127\.0\.0\.1 since \d\d:\d\d, idle 0 s\nbo /);
+  order("say", "hear", "hear");
+  await ana.wait(/:chat\.server NOTICE #chat :hear hear\r\n/);
+  order("lock");
+  await ana.wait(/CAP ana DEL draft\/account-registration\r\n/);
+  const cy = await dial(t, port);
+  cy.send("CAP LS 302", "NICK cy", "USER c 0 * :c", "REGISTER * * x");
+  await cy.wait(/FAIL REGISTER TEMPORARILY_UNAVAILABLE \* :Registration is closed/);
+  assert.doesNotMatch(cy.all, /account-registration/);
+  order("admit", "cy");
+  cy.send("REGISTER * * x");
+  await cy.wait(/REGISTER SUCCESS/);
+  order("unlock");
+  await ana.wait(/CAP ana NEW :?draft\/account-registration=before-connect\r\n/);
+  order("kick", "bo", "enough");
+  await bo.wait(/ERROR :Kicked: enough\r\n/);
+  await ana.wait(/:bo!bo@chat QUIT :Kicked: enough\r\n/);
+  const back = await dial(t, port);
+  back.send("PASS secret", "NICK bo", "USER b 0 * :b");
+  await back.wait(/ 464 bo :The operator keeps this account out/);
+  order("admit", "bo");
+  back.send("PASS secret");
+  await back.wait(/ 001 bo /);
+  order("forget", "bo");
+  await back.wait(/ERROR :The account was deleted/);
+  const fresh = await dial(t, port);
+  fresh.send("PASS other", "NICK bo", "USER b 0 * :b");
+  await fresh.wait(/bo is registered now/);
+});
+
+// ---- Limits
+
+test("connections are limited in all, by address, and before login", async (t) => {
+  const { port } = await serveHere(t, { perAddress: 2, maxClients: 3 });
+  await enter(t, port, "ana");
+  await enter(t, port, "bo");
+  const third = await dial(t, port);
+  await third.wait(/ERROR :Too many connections from your address\r\n/);
+  await third.closed;
+  const full = await serveHere(t, { maxClients: 1 });
+  await enter(t, full.port, "ana");
+  await (await dial(t, full.port)).wait(/ERROR :The server is full\r\n/);
+});
+
+test("a member can be in so many rooms, and there are so many rooms", async (t) => {
+  const { port, server } = await serveHere(t);
+  const ana = await enter(t, port, "ana");
+  for (let at = 1; at < chat.LIMITS.roomsPerMember; at++) ana.send(`JOIN #r${at}`);
+  ana.send("JOIN #toomany");
+  await ana.wait(/ 405 ana #toomany /);
+  for (let at = server.rooms.size; at < chat.LIMITS.rooms; at++) server.openRoom(`#o${at}`);
+  ana.send("PART #r1", "JOIN #onemore");
+  await ana.wait(/ 437 ana #onemore /);
+});
+
+test("history is bounded in bytes, and what is longest without a message goes first", () => {
+  const history = new chat.History(1_000_000);
+  const [old, recent] = [new chat.Log(), new chat.Log()];
+  const happened = { kind: "PRIVMSG", nick: "a", target: "b", tags: [] } as const;
+  const text = "x".repeat(100_000);
+  for (let at = 0; at < 100; at++) history.record(old, { ...happened, text });
+  for (let at = 0; at < 1000; at++) history.record(recent, { ...happened, text });
+  const kept = [old, recent].map((log) => log.messages.length);
+  assert.equal(kept[0], 0);
+  assert.ok(Math.abs((kept[1] ?? 0) - chat.LIMITS.historyBytes / 100_500) < 2);
+});
