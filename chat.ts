@@ -1915,7 +1915,7 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   listener.maxConnections = server.options.maxClients + LIMITS.strangers;
   listener.on("tlsClientError", ({ message }, socket) => {
     const [, what] = HANDSHAKE_PROBLEMS.find(([pattern]) => pattern.test(message)) ?? [];
-    server.options.log(`no TLS with ${socket.remoteAddress ?? "somebody"}: ${what ?? "it hung up"}`);
+    if (socket.remoteAddress) server.options.log(`no TLS with ${socket.remoteAddress}: ${what ?? "it hung up"}`);
     socket.destroy();
   });
   await new Promise<void>((resolve, reject) => {
@@ -2366,9 +2366,16 @@ const isIp = (host: string) => /^[\d.]+$|:/.test(host);
 /** Opens a TLS connection. Whether to trust the server is decided afterwards, before anything is sent. */
 function connect({ host, port, ca, keylog }: JoinOptions): Promise<Link> {
   return new Promise((resolve, reject) => {
-    const named = { ...isIp(host) ? {} : { servername: host }, ...ca ? { ca } : {} };
-    const [ALPNProtocols, minVersion] = [["irc"], "TLSv1.3" as const];
-    const socket = tls.connect({ host, port, ALPNProtocols, minVersion, rejectUnauthorized: false, ...named });
+    const socket = tls.connect({
+      host,
+      port,
+      ALPNProtocols: ["irc"],
+      minVersion: "TLSv1.3",
+      rejectUnauthorized: false,
+      checkServerIdentity: () => undefined, // the chain is judged apart from the name
+      ...isIp(host) ? {} : { servername: host },
+      ...ca ? { ca } : {},
+    });
     const fail = (why: string) => {
       clearTimeout(timer);
       const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
@@ -2540,7 +2547,7 @@ class Client {
 
   /** Decides whether this is the server that was meant, before a single byte is sent to it. */
   async #trust(link: Link): Promise<void> {
-    const { host, port } = this.options;
+    const { host, port, ca } = this.options;
     const { certificate } = link;
     if (!certificate) throw new Fault("the server shows no certificate", "is it a chat server?", 3);
     const pin = pinOf(certificate.publicKey);
@@ -2548,16 +2555,15 @@ class Client {
       const hint = "somebody may sit in the middle; ask whoever runs the server which key it has";
       throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
     }
-    const fits = isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host);
-    const problem = outsideValidity(certificate) ??
-      (fits
-        ? undefined
-        : `is for ${clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "no name"}`) ??
-      (link.socket.authorized ? undefined : "leads to no root that is trusted");
+    const named = isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host);
+    const names = clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody";
+    const chain = link.socket.authorized ? undefined : "leads to no root that is trusted here";
+    const problem = outsideValidity(certificate) ?? chain ?? (named ? undefined : `is for ${names}`);
     if (this.#pin) link.trust = "its key is the pinned one";
     else if (!problem) link.trust = "its certificate leads to a trusted root and is for this name";
     else if (/^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "")) {
       this.screen.note(`${host} is this machine: took its key ${pin} unchecked`, "");
+      if (ca) this.screen.note(`its certificate ${problem}`, "");
       link.trust = "it is on this machine";
     } else {
       const question = `The certificate of ${host} ${problem}. Which two groups end the key on the server's screen? `;
