@@ -2450,7 +2450,8 @@ class Client {
   #page: number = LIMITS.chathistory; // events that the server gives at once
   readonly #seen = new Set<string>(); // ids of messages that were shown lately
   #latest = 0; // the time of the latest
-  #lost = 0; // the same, when the connection was lost
+  #known = 0; // up to this time nothing was missed
+  #asked = 0; // histories that were asked for and have not come yet
   #day = "";
   readonly #batches = new Map<string, { readonly type: string; readonly target: string; readonly lines: Line[] }>();
   readonly #presence = { joined: new Set<string>(), left: new Set<string>() }; // until it is told
@@ -2516,7 +2517,8 @@ class Client {
   /** After a loss: tries again at once, then after 1, 2, 4 … 30 seconds, a little sooner or later than that. */
   async #waitToRetry(tries: number, why: string): Promise<void> {
     if (tries === 0) {
-      this.#lost = this.#latest;
+      if (!this.#asked) this.#known = this.#latest;
+      this.#asked = 0;
       for (const room of this.rooms.values()) room.here = false;
       this.#batches.clear();
       this.#showPrompt();
@@ -2708,6 +2710,7 @@ class Client {
     if (line.params[0] === "SUCCESS") {
       return this.#explain("registered: the server keeps a verifier, and was not told the password");
     }
+    if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by ourselves, before the connection broke
     this.#keys = undefined;
     const why = said(line);
     if (this.options.nick || this.screen.kind === "pipe") {
@@ -2870,9 +2873,9 @@ class Client {
     else if (!names.length && !link.scram) names.push("#chat");
     for (const name of names) link.send("JOIN", [name]);
     if (this.#wasIn && link.caps.has("draft/chathistory")) { // private messages may have been missed
-      const moments = [this.#lost, now() + 86_400_000].map((time) => `timestamp=${new Date(time).toISOString()}`);
-      link.send("CHATHISTORY", ["TARGETS", ...moments, String(this.#page)]);
+      this.#askHistory("TARGETS", this.#since, `timestamp=${new Date(now() + 86_400_000).toISOString()}`);
     }
+    this.#known ||= now();
     this.#wasIn = true;
     if (this.screen.kind !== "pipe") this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
   }
@@ -2893,12 +2896,20 @@ class Client {
     if (link?.caps.has("draft/chathistory") && !fromNow) {
       room.asked = room.last ? "missed" : "first";
       const since = new Date((room.last?.time ?? 1) - 1).toISOString(); // with the last one once more, or there is a gap
-      const how = room.last ? ["AFTER", name, `timestamp=${since}`] : ["LATEST", name, "*"];
-      link.send("CHATHISTORY", [...how, String(this.#page)]);
+      if (room.last) this.#askHistory("AFTER", name, `timestamp=${since}`);
+      else this.#askHistory("LATEST", name, "*");
     }
     for (const number of room === this.room ? this.#outbox.keys() : []) this.#transmit(number);
     if (room === this.room && this.#draining && !this.#outbox.size) this.leave();
     this.#showPrompt();
+  }
+  #askHistory(...params: readonly string[]): void {
+    this.#asked++;
+    this.link?.send("CHATHISTORY", [...params, String(this.#page)]);
+  }
+  /** The time since when something may have been missed; what is of that very millisecond is told once more. */
+  get #since(): string {
+    return `timestamp=${new Date(this.#known - 1).toISOString()}`;
   }
   /** Tells that one is in a room, once its names and its history are there. */
   #greet(room: Entered | undefined): void {
@@ -2920,11 +2931,11 @@ class Client {
   #batchEnded(name: string): void {
     const { type, target, lines } = this.#batches.get(name) ?? { type: "", target: "", lines: [] };
     this.#batches.delete(name);
+    if (type.includes("chathistory")) this.#asked = Math.max(0, this.#asked - 1);
     if (type === "chathistory") return this.#showHistory(target, lines);
     if (type !== "draft/chathistory-targets") return lines.forEach((line) => this.#dispatch(line));
-    const since = `timestamp=${new Date(this.#lost).toISOString()}`;
     for (const { params: [, nick = "#"] } of lines) {
-      if (!nick.startsWith("#")) this.link?.send("CHATHISTORY", ["AFTER", nick, since, String(this.#page)]);
+      if (!nick.startsWith("#")) this.#askHistory("AFTER", nick, this.#since);
     }
   }
   #showHistory(target: string, lines: readonly Line[]): void {
@@ -2946,7 +2957,7 @@ class Client {
     const id = lines.at(-1)?.tags.get("msgid");
     if ((asked === "missed" || asked === "more") && lines.length >= this.#page && id) {
       if (room) room.asked = "more";
-      return this.link?.send("CHATHISTORY", ["AFTER", target, `msgid=${id}`, String(this.#page)]);
+      return this.#askHistory("AFTER", target, `msgid=${id}`);
     }
     if (!room || !asked) return;
     room.asked = undefined;
