@@ -5,6 +5,7 @@
 //   node build.mjs --platform linux-arm64,win-x64    executables for others (or --platform all)
 //   node build.mjs --run ARGS...        make both, then run the executable with ARGS
 //   node build.mjs --test [FILES...]    make both, then check types, style and behaviour
+//   node build.mjs --bench [ARGS...]    make both, then measure the server (test/bench.ts says how)
 import { execFileSync, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
@@ -133,7 +134,7 @@ async function bundle() {
     define: { "import.meta.main": "true" }, // which Node 20 does not have
     logLevel: "error",
   };
-  const [mjs, cjs] = await Promise.all([
+  const [, cjs] = await Promise.all([
     esbuild.build({
       ...common,
       format: "esm",
@@ -142,7 +143,6 @@ async function bundle() {
     }),
     esbuild.build({ ...common, format: "cjs", plugins: [lazy], write: false }),
   ]).catch(() => process.exit(1)); // esbuild has said why
-  void mjs;
   fs.chmodSync(path.join(DIST, "chat.mjs"), 0o755);
   return cjs.outputFiles[0].text;
 }
@@ -229,7 +229,7 @@ function test(files) {
   const deno = (...args) => npm("npx", ["--yes", DENO, ...args], piped);
   const sources = ["chat.ts", "build.mjs", "test", "certs"];
   check("tsc", () => npm("npx", ["tsc"], piped));
-  check("deno fmt", () => deno("fmt", "--check", "--line-width", "100", ...sources));
+  check("deno fmt", () => deno("fmt", "--check", "--line-width", "120", ...sources));
   check("deno lint", () => deno("lint", "--rules-exclude=no-process-global,no-node-globals", ...sources));
   const suites = files.length ? files : fs.readdirSync(path.join(ROOT, "test"))
     .filter((name) => name.endsWith(".test.ts")).map((name) => `test/${name}`);
@@ -237,8 +237,8 @@ function test(files) {
 }
 
 const [mode, ...rest] = process.argv.slice(2);
-if (mode && !["--run", "--test", "--platform"].includes(mode)) {
-  fail(`unknown option ${mode}`, "--run, --test or --platform");
+if (mode && !["--run", "--test", "--bench", "--platform"].includes(mode)) {
+  fail(`unknown option ${mode}`, "--run, --test, --bench or --platform");
 }
 installDevTools();
 fs.mkdirSync(CACHE, { recursive: true });
@@ -249,3 +249,4 @@ for (const platform of new Set([HOST, ...platforms])) executable(platform, progr
 if (mode === "--run") {
   become(path.join(DIST, `chat${suffix(HOST)}`), rest);
 } else if (mode === "--test") test(rest);
+else if (mode === "--bench") become(runtime(HOST), [path.join(ROOT, "test", "bench.ts"), ...rest]);

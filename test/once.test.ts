@@ -176,16 +176,16 @@ test("that is so with private messages, also when both sides are cut", async (t)
     await new Promise((tick) => setTimeout(tick, 8));
   }
   for (const proxy of proxies) proxy.calm();
-  const heard = (person: Person, from: string, to: string) =>
+  const heard = ([person, from, to]: readonly [Person, string, string]) =>
     person.shown.filter((line) => line.includes(` ${from} > ${to} `)).map((line) => line.split(` > ${to} `)[1]);
   const views = [[ana, "bo", "ana"], [bo, "ana", "bo"], [ana, "ana", "bo"], [bo, "bo", "ana"]] as const;
-  while (views.some((view) => heard(...view).length < LINES.length)) {
+  while (views.some((view) => heard(view).length < LINES.length)) {
     await new Promise((tick) => setTimeout(tick, 20));
   }
   t.diagnostic(`${proxies.reduce((sum, proxy) => sum + proxy.cuts(), 0)} cuts`);
   assert.deepEqual(said(events, "ana", "bo"), LINES);
   assert.deepEqual(said(events, "bo", "ana"), LINES);
-  for (const view of views) assert.deepEqual(heard(...view).sort(), [...LINES].sort());
+  for (const view of views) assert.deepEqual(heard(view).sort(), [...LINES].sort());
   for (const person of people) person.onInterrupt();
   assert.deepEqual(await Promise.all(ended), [0, 0]);
 });

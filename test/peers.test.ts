@@ -1,3 +1,4 @@
+// deno-lint-ignore-file no-regex-spaces -- screens are matched as they stand, blanks included
 // Software that nobody here wrote: IRC clients in our room, tools that speak TLS, our client on other servers.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";

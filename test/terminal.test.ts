@@ -1,3 +1,4 @@
+// deno-lint-ignore-file no-regex-spaces no-control-regex -- screens are matched as they stand, blanks and escapes included
 // What a person sees and types: the built executable in tmux.
 import assert from "node:assert/strict";
 import { test, type TestContext } from "node:test";
@@ -159,8 +160,14 @@ test("a resize in mid-typing leaves one prompt with the whole line, and the mess
 test("thousands of lines may arrive while one types: the line is whole, and everything was shown", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   const lines = 10_000;
-  for (let at = 0; at < lines; at++) bo.send(`PRIVMSG #chat :flood ${at}`);
+  // In bursts that a busy machine can follow: one that is owed a mebibyte is closed, which is another test's business.
+  const burst = async (from: number) => {
+    for (let at = from; at < from + 1000; at++) bo.send(`PRIVMSG #chat :flood ${at}`);
+    await ana.wait(new RegExp(`flood ${from + 999}\\n`));
+  };
+  await burst(0);
   for (const char of "typed meanwhile") ana.type(char);
+  for (let from = 1000; from < lines; from += 1000) await burst(from);
   await ana.wait(new RegExp(`flood ${lines - 1}\\n#chat> typed meanwhile$`));
   const seen = ana.screen({ history: true });
   assert.match(seen, new RegExp(`flood ${lines - 1000}\\n`));
@@ -480,7 +487,7 @@ test("a person compares the key of a server that nobody vouches for", TMUX, asyn
   };
   const right = ask();
   await right.wait(
-    /The certificate of 0\.0\.0\.0 is for localhost.*Which two groups end the key on the server's screen\?$/,
+    /The certificate of 0\.0\.0\.0 leads to no root that is trusted here\. Which two groups end the key on the server's screen\?$/,
   );
   right.enter(server.pin.slice(-9).toUpperCase());
   await right.wait(/Welcome/);

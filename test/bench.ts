@@ -1,0 +1,474 @@
+// The benchmark: a server as its own process on one core, driven from this process on another, over TLS, with real
+// logins. Measured from outside: /proc tells processor time and memory (Linux), the clients count every delivery.
+//
+//   npm run bench -- [--svg FILE] [--only WORD] [--seconds N] [--server ours|ngircd|deno] [--soak MINUTES]
+import { type ChildProcess, spawn } from "node:child_process";
+import crypto from "node:crypto";
+import { once } from "node:events";
+import fs from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { parseArgs } from "node:util";
+import tls from "node:tls";
+import { deriveKeys, formatVerifier, type Keys, scramClient, selfSigned, verifierOf } from "../chat.ts";
+
+const { values: OPTIONS } = parseArgs({
+  options: {
+    svg: { type: "string" },
+    only: { type: "string", default: "" },
+    seconds: { type: "string", default: "10" },
+    server: { type: "string", multiple: true },
+    soak: { type: "string" },
+    driver: { type: "boolean", default: false },
+  },
+});
+const ROOT = path.join(import.meta.dirname, "..");
+const SECONDS = Number(OPTIONS.seconds);
+const [SERVER_CORE, DRIVER_CORE] = os.cpus().length > 1 ? ["0", "1"] : ["0", "0"];
+
+// ---- Servers under test
+
+/** A running server, and what the operating system says about it. */
+class Subject {
+  readonly name: string;
+  readonly port: number;
+  readonly child: ChildProcess;
+
+  constructor(name: string, port: number, child: ChildProcess) {
+    this.name = name;
+    this.port = port;
+    this.child = child;
+  }
+
+  /** Processor time of all its threads, in microseconds. */
+  cpu(): number {
+    let nanoseconds = 0;
+    for (const task of fs.readdirSync(`/proc/${this.child.pid}/task`)) {
+      try {
+        nanoseconds += Number(fs.readFileSync(`/proc/${this.child.pid}/task/${task}/schedstat`, "utf8").split(" ")[0]);
+      } catch {
+        // the thread has ended
+      }
+    }
+    return nanoseconds / 1000;
+  }
+
+  /** Resident memory in KiB. */
+  memory(): number {
+    return Number(/VmRSS:\s*(\d+)/.exec(fs.readFileSync(`/proc/${this.child.pid}/status`, "utf8"))?.[1]);
+  }
+
+  async stop(): Promise<void> {
+    this.child.kill("SIGTERM");
+    if (this.child.exitCode === null && this.child.signalCode === null) await once(this.child, "close");
+  }
+}
+
+const pinned = (command: readonly string[]) => ["taskset", "-c", SERVER_CORE, ...command] as const;
+
+function start([file = "", ...args]: readonly string[]): ChildProcess {
+  const child = spawn(file, args, { stdio: ["ignore", "ignore", "pipe"] });
+  process.on("exit", () => child.kill("SIGKILL"));
+  return child;
+}
+
+async function startOurs(name: string, command: readonly string[]): Promise<Subject> {
+  const child = start(
+    pinned([...command, "serve", "127.0.0.1:0", "--rate", "0", "--max-clients", "10000", "--per-address", "10000"]),
+  );
+  let told = "";
+  child.stderr?.setEncoding("utf8").on("data", (text: string) => told += told.length < 10_000 ? text : "");
+  while (!/join \S+:(\d+)\//.test(told)) await once(child.stderr ?? child, "data");
+  return new Subject(name, Number(/join \S+:(\d+)\//.exec(told)?.[1]), child);
+}
+
+async function startNgircd(): Promise<Subject> {
+  const home = fs.mkdtempSync(path.join(os.tmpdir(), "chat-bench-"));
+  process.on("exit", () => fs.rmSync(home, { recursive: true, force: true }));
+  fs.chmodSync(home, 0o755);
+  const { privateKey } = crypto.generateKeyPairSync("ec", { namedCurve: "P-256" });
+  fs.writeFileSync(path.join(home, "key.pem"), privateKey.export({ type: "pkcs8", format: "pem" }), { mode: 0o644 });
+  fs.writeFileSync(path.join(home, "cert.pem"), selfSigned(privateKey));
+  const port = 20_000 + crypto.randomInt(20_000);
+  const lines = ["[Global]", "Name = irc.example.net", "Info = Benchmark", "Listen = 127.0.0.1", "Ports ="];
+  lines.push(
+    "[Limits]",
+    "MaxConnections = 0",
+    "MaxConnectionsIP = 0",
+    "MaxPenaltyTime = 0",
+    "PingTimeout = 600",
+    "MaxJoins = 0",
+  );
+  lines.push(
+    "[Options]",
+    "DNS = no",
+    "Ident = no",
+    "PAM = no",
+    "[SSL]",
+    `CertFile = ${home}/cert.pem`,
+    `KeyFile = ${home}/key.pem`,
+    `Ports = ${port}`,
+  );
+  fs.writeFileSync(path.join(home, "ngircd.conf"), lines.join("\n"));
+  const child = start(pinned(["/usr/sbin/ngircd", "-n", "-f", path.join(home, "ngircd.conf")]));
+  for (let up = false; !up;) {
+    await new Promise((later) => setTimeout(later, 100));
+    up = await new Promise((resolve) => {
+      const socket = tls.connect({ host: "127.0.0.1", port, rejectUnauthorized: false }, () => resolve(true));
+      socket.on("error", () => resolve(false)).on("secureConnect", () => socket.destroy());
+    });
+  }
+  return new Subject("ngircd", port, child);
+}
+
+const SUBJECTS: Readonly<Record<string, () => Promise<Subject>>> = {
+  ours: () => startOurs("chat", [path.join(ROOT, "dist", "chat")]),
+  deno: () =>
+    startOurs("chat on Deno", [
+      "npx",
+      "--yes",
+      "deno@2.9.6",
+      "run",
+      "--allow-net",
+      "--allow-env",
+      path.join(ROOT, "chat.ts"),
+    ]),
+  ngircd: startNgircd,
+};
+
+// ---- Members
+
+/** One password and one salt for all accounts, so that the driver does the scrypt once. */
+let keys: Promise<Keys> | undefined;
+const b64 = (text: string) => Buffer.from(text).toString("base64");
+
+class Member {
+  readonly nick: string;
+  readonly socket: tls.TLSSocket;
+  #pending = "";
+  #wake: () => void = () => {};
+  onText: (text: string) => void = (text) => {
+    this.#pending += text;
+    this.#wake();
+  };
+
+  constructor(nick: string, socket: tls.TLSSocket) {
+    this.nick = nick;
+    this.socket = socket;
+    socket.setNoDelay(true);
+    socket.on("data", (chunk: Buffer) => this.onText(chunk.toString("latin1")));
+    socket.on("error", () => {});
+  }
+
+  send(...lines: readonly string[]): void {
+    this.socket.write(lines.map((line) => `${line}\r\n`).join(""));
+  }
+
+  async wait(pattern: RegExp): Promise<RegExpExecArray> {
+    for (;;) {
+      const found = pattern.exec(this.#pending);
+      if (found) {
+        this.#pending = this.#pending.slice(found.index + found[0].length);
+        return found;
+      }
+      if (this.socket.destroyed) throw new Error(`${this.nick} was closed: ${this.#pending.slice(-300)}`);
+      await new Promise<void>((wake) => {
+        this.#wake = wake;
+        this.socket.once("close", wake);
+      });
+    }
+  }
+}
+
+async function dial(subject: Subject, nick: string): Promise<Member> {
+  const socket = tls.connect({ host: "127.0.0.1", port: subject.port, rejectUnauthorized: false });
+  await once(socket, "secureConnect");
+  return new Member(nick, socket);
+}
+
+/** Makes an account: REGISTER with a verifier, without entering. */
+async function register(subject: Subject, nick: string): Promise<void> {
+  const made = await (keys ??= deriveKeys("secret"));
+  const member = await dial(subject, nick);
+  member.send("CAP LS 302", `NICK ${nick}`, `REGISTER * * ${formatVerifier(verifierOf(made))}`);
+  await member.wait(/REGISTER SUCCESS/);
+  member.socket.destroy();
+}
+
+/** Logs in by SCRAM, or just enters where there are no accounts, up to the end of the names of the room. */
+async function enter(subject: Subject, nick: string): Promise<Member> {
+  const member = await dial(subject, nick);
+  if (subject.name === "ngircd") {
+    member.send(`NICK ${nick}`, `USER ${nick} 0 * :${nick}`, "JOIN #chat");
+  } else {
+    const binding = crypto.createHash("sha256").update(member.socket.getPeerX509Certificate()?.raw ?? "").digest();
+    const scram = scramClient(nick, () => keys as Promise<Keys>, binding);
+    member.send("CAP REQ sasl", `NICK ${nick}`, `USER ${nick} 0 * :${nick}`, "AUTHENTICATE SCRAM-SCRYPT-PLUS");
+    await member.wait(/AUTHENTICATE \+\r\n/);
+    let message = String((await scram.next()).value);
+    for (let done = false; !done;) {
+      member.send(`AUTHENTICATE ${b64(message)}`);
+      const [, answer = ""] = await member.wait(/AUTHENTICATE (\S+)\r\n/);
+      const step = await scram.next(Buffer.from(answer, "base64").toString());
+      done = step.done === true;
+      message = String(step.value);
+    }
+    member.send("AUTHENTICATE +", "CAP END");
+  }
+  await member.wait(/ 366 \S+ #chat /);
+  return member;
+}
+
+/** Runs jobs, a few at a time. */
+async function each<T>(count: number, job: (at: number) => Promise<T>, atOnce = 20): Promise<T[]> {
+  const results: T[] = [];
+  let next = 0;
+  await Promise.all(Array.from({ length: Math.min(atOnce, count) }, async () => {
+    while (next < count) {
+      const at = next++;
+      results[at] = await job(at);
+    }
+  }));
+  return results;
+}
+
+const nickOf = (at: number) => `m${at}`;
+
+async function crowd(subject: Subject, count: number): Promise<Member[]> {
+  if (subject.name !== "ngircd") await each(count, (at) => register(subject, nickOf(at)));
+  return await each(count, (at) => enter(subject, nickOf(at)));
+}
+
+// ---- Talking
+
+/** What the members hear: each delivery is counted, and checked to be there once. */
+class Ears {
+  readonly members: readonly Member[];
+  readonly latencies: number[] = [];
+  deliveries = 0;
+  /** Deliveries of each message so far, and who is told when it has reached everybody. */
+  readonly #heard = new Map<number, { count: number; sum: number; done: () => void }>();
+  readonly #expectedSum: number;
+  #number = 0;
+  faults = 0;
+
+  constructor(members: readonly Member[]) {
+    this.members = members;
+    this.#expectedSum = members.length * (members.length - 1) / 2;
+    for (const [at, member] of members.entries()) {
+      let rest = "";
+      member.onText = (text) => {
+        const all = rest + text;
+        const end = all.lastIndexOf("\n") + 1;
+        rest = all.slice(end);
+        for (let from = all.indexOf(":~"); from >= 0 && from < end; from = all.indexOf(":~", from + 2)) {
+          const stop = all.indexOf("~", from + 2);
+          const middle = all.indexOf(",", from);
+          this.#hear(at, Number(all.slice(from + 2, middle)), Number(all.slice(middle + 1, stop)));
+        }
+      };
+    }
+  }
+
+  #hear(at: number, number: number, sent: number): void {
+    this.deliveries++;
+    if (this.latencies.length < 5_000_000) this.latencies.push(performance.now() - sent);
+    const heard = this.#heard.get(number);
+    if (!heard) return void this.faults++;
+    heard.count++;
+    heard.sum += at;
+    if (heard.count < this.members.length - 1) return;
+    if (heard.sum !== 0) this.faults++;
+    this.#heard.delete(number);
+    heard.done();
+  }
+
+  /** Sends a message from a member; resolves when all others have it. */
+  say(from: number): Promise<void> {
+    const number = ++this.#number;
+    return new Promise((done) => {
+      this.#heard.set(number, { count: 0, sum: from - this.#expectedSum, done });
+      this.members[from]?.send(
+        `PRIVMSG #chat :~${number},${performance.now().toFixed(3)}~ and some words that people say`,
+      );
+    });
+  }
+
+  get missing(): number {
+    return this.#heard.size;
+  }
+}
+
+interface Figures {
+  readonly [name: string]: number;
+}
+
+const percentile = (sorted: readonly number[], share: number) =>
+  sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? 0;
+
+/** Runs `talk` for a while, after a warm-up, and measures the server meanwhile. */
+async function measure(
+  subject: Subject,
+  ears: Ears,
+  talk: (running: () => boolean) => Promise<unknown>,
+): Promise<Figures> {
+  await talk(until(Math.min(3, SECONDS)));
+  const [cpu, at, deliveries] = [subject.cpu(), performance.now(), ears.deliveries];
+  ears.latencies.length = 0;
+  await talk(until(SECONDS));
+  const seconds = (performance.now() - at) / 1000;
+  const delivered = ears.deliveries - deliveries;
+  if (ears.faults || ears.missing) {
+    throw new Error(`${subject.name}: ${ears.missing} messages lost, ${ears.faults} doubled`);
+  }
+  const sorted = Float64Array.from(ears.latencies).sort() as unknown as number[];
+  return {
+    "deliveries/s": delivered / seconds,
+    "µs/delivery": (subject.cpu() - cpu) / delivered,
+    "p50 ms": percentile(sorted, 0.5),
+    "p99 ms": percentile(sorted, 0.99),
+    "max ms": percentile(sorted, 1),
+  };
+}
+
+function until(seconds: number): () => boolean {
+  const end = performance.now() + seconds * 1000;
+  return () => performance.now() < end;
+}
+
+/** So many messages a second, from one member after the other. */
+const paced = (ears: Ears, rate: number) => async (running: () => boolean) => {
+  const all: Promise<void>[] = [];
+  const began = performance.now();
+  for (let sent = 0; running(); sent++) {
+    all.push(ears.say(sent % ears.members.length));
+    const wait = began + (sent + 1) * 1000 / rate - performance.now();
+    if (wait > 0) await new Promise((later) => setTimeout(later, wait));
+  }
+  await Promise.all(all);
+};
+
+/** As fast as it goes, with so many messages under way. */
+const flying = (ears: Ears, inFlight: number) => async (running: () => boolean) => {
+  let next = 0;
+  await Promise.all(Array.from({ length: inFlight }, async () => {
+    while (running()) await ears.say(next++ % ears.members.length);
+  }));
+};
+
+// ---- Cases
+
+async function talkCase(
+  subject: Subject,
+  members: number,
+  how: (ears: Ears) => (running: () => boolean) => Promise<unknown>,
+): Promise<Figures> {
+  const all = await crowd(subject, members);
+  const ears = new Ears(all);
+  const figures = await measure(subject, ears, how(ears));
+  for (const member of all) member.socket.destroy();
+  return figures;
+}
+
+const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = {
+  "talk: 200 members, 50/s": (subject) => talkCase(subject, 200, (ears) => paced(ears, 50)),
+  "fast: 200 members, 20 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 20)),
+  "fast: 200 members, 200 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 200)),
+  "talk: 1000 members, 20/s": (subject) => talkCase(subject, 1000, (ears) => paced(ears, 20)),
+  "join: 1000 members": async (subject) => {
+    const ours = subject.name !== "ngircd";
+    if (ours) await each(1000, (at) => register(subject, nickOf(at)));
+    await each(200, async () => (await dial(subject, "x")).socket.destroy());
+    const before = subject.cpu();
+    await each(1000, async () => (await dial(subject, "x")).socket.destroy());
+    const handshakes = subject.cpu() - before;
+    await new Promise((later) => setTimeout(later, 1000));
+    const [cpu, memory, at] = [subject.cpu(), subject.memory(), performance.now()];
+    const members = await each(1000, (member) => enter(subject, nickOf(member)));
+    const seconds = (performance.now() - at) / 1000;
+    const spent = subject.cpu() - cpu;
+    await new Promise((later) => setTimeout(later, 2000));
+    const figures = {
+      "joins/s": 1000 / seconds,
+      "µs/handshake": handshakes / 1000,
+      "µs/join": spent / 1000,
+      "µs/join beside the handshake": (spent - handshakes) / 1000,
+      "KiB/member": (subject.memory() - memory) / 1000,
+    };
+    for (const member of members) member.socket.destroy();
+    return figures;
+  },
+  ...Object.fromEntries([100, 200, 500, 1000, 2000].map((count) => [
+    `grow: ${count} members, 20/s`,
+    (subject: Subject) => talkCase(subject, count, (ears) => paced(ears, 20)),
+  ])),
+};
+
+// ---- Telling
+
+type Results = Map<string, Map<string, Figures>>;
+
+function table(results: Results): string[] {
+  const lines: string[] = [];
+  for (const [name, by] of results) {
+    lines.push(name);
+    for (const [subject, figures] of by) {
+      lines.push(
+        `  ${subject.padEnd(14)}${
+          Object.entries(figures).map(([what, value]) =>
+            `${what} ${value < 100 ? value.toFixed(2) : Math.round(value)}`
+          ).join("   ")
+        }`,
+      );
+    }
+    const [one, other] = [by.get("chat"), by.get("ngircd")];
+    if (!one || !other) continue;
+    const ratios = Object.keys(one).map((what) => `${what} ${((one[what] ?? 0) / (other[what] ?? 0)).toFixed(2)}`);
+    lines.push(`  ${"chat / ngircd".padEnd(14)}${ratios.join("   ")}`);
+  }
+  return lines;
+}
+
+/** The table as a picture. */
+function picture(lines: readonly string[]): string {
+  const escape = (text: string) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+  const width = 8.5 * Math.max(...lines.map((line) => line.length)) + 40;
+  const rows = lines.map((line, at) =>
+    `<text x="20" y="${40 + at * 20}" xml:space="preserve"${line.startsWith(" ") ? "" : ' font-weight="bold"'}>${
+      escape(line)
+    }</text>`
+  );
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${
+    60 + lines.length * 20
+  }" font-family="monospace" font-size="14">
+<rect width="100%" height="100%" fill="white"/>
+${rows.join("\n")}
+</svg>
+`;
+}
+
+async function main(): Promise<void> {
+  const subjects = OPTIONS.server ?? (fs.existsSync("/usr/sbin/ngircd") ? ["ours", "ngircd"] : ["ours"]);
+  const results: Results = new Map();
+  for (const [name, run] of Object.entries(CASES)) {
+    if (!name.includes(OPTIONS.only)) continue;
+    const by = new Map<string, Figures>();
+    for (const which of subjects) {
+      const subject = await SUBJECTS[which]?.();
+      if (!subject) throw new Error(`there is no ${which}`);
+      by.set(subject.name, await run(subject));
+      await subject.stop();
+    }
+    results.set(name, by);
+    console.log(table(new Map([[name, by]])).join("\n"));
+  }
+  if (OPTIONS.svg) fs.writeFileSync(OPTIONS.svg, picture(table(results)));
+}
+
+if (OPTIONS.driver) await main();
+else { // on a core of its own
+  const child = spawn("taskset", ["-c", DRIVER_CORE, process.execPath, ...process.argv.slice(1), "--driver"], {
+    stdio: "inherit",
+  });
+  child.on("exit", (status) => process.exit(status ?? 1));
+}
