@@ -157,7 +157,13 @@ function executable(platform, program) {
     executable: node,
     disableExperimentalSEAWarning: true,
     useCodeCache: platform === HOST, // a code cache fits one platform only
-    execArgv: ["--permission", "--allow-net", "--disable-warning=ExperimentalWarning"],
+    // A young generation of 1 MiB: as fast, and without the 16 MiB that it grows to otherwise.
+    execArgv: [
+      "--permission",
+      "--allow-net",
+      "--disable-warning=ExperimentalWarning",
+      "--max-semi-space-size=1",
+    ],
     execArgvExtension: "none", // NODE_OPTIONS must not loosen the permissions again
   };
   const stamp = createHash("sha256").update(JSON.stringify([config, VERSION, program]));

@@ -34,6 +34,8 @@ export const LIMITS = Object.freeze({
   strangerMs: 300_000, // from connecting to being logged in
   strangers: 500, // at once
   pingMs: 60_000, // a member's silence before a PING; as long again, and the connection is lost
+  gatherMs: 50, // in a large room, what is said within it is written together,
+  gathered: 10, // but that many events wait for no more
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
   // Memory.
@@ -73,6 +75,9 @@ export class Fault extends Error {
 
 /** The Fault of a connection that could not be made or has ended: another try may help. */
 class Lost extends Fault {}
+
+// Small buffers are not cut out of a common one, which each of them would keep alive: tls keeps one per connection.
+Buffer.poolSize = 0;
 
 const now = () => Date.now();
 const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
@@ -918,6 +923,7 @@ export class Session {
   #queued = 0;
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
+  #saying = false; // the queue will be written in this turn
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
   #answers: { body: string; tags: readonly Tag[] }[] | undefined; // these answers, if they must
@@ -1002,7 +1008,7 @@ export class Session {
       this.#answers = undefined;
     }
     for (const { body, tags } of answers) {
-      this.#push(toBytes(body, [...label, ...tags]));
+      this.#say(toBytes(body, [...label, ...tags]));
       label = [];
     }
   }
@@ -1011,7 +1017,7 @@ export class Session {
   answer(line: string, tags: readonly Tag[] = []): void {
     const body = cut(line, LIMITS.bodyBytes - 2);
     if (this.#answers) this.#answers.push({ body, tags });
-    else this.#push(toBytes(body, tags));
+    else this.#say(toBytes(body, tags));
   }
   reply(command: string, ...params: readonly string[]): void {
     this.answer(format(command, params, SERVER));
@@ -1035,6 +1041,12 @@ export class Session {
   send(bytes: Buffer): void {
     this.#push(bytes);
     if (this.#blocked && this.owed > LIMITS.owedBytes) setImmediate(() => this.close("Not reading", true));
+  }
+  /** Sends an answer: it is written in this turn of the event loop, and so is what waited before it. */
+  #say(bytes: Buffer): void {
+    this.#push(bytes);
+    if (!this.#saying) setImmediate(() => (this.#saying = false, this.flush()));
+    this.#saying = true;
   }
   #push(bytes: Buffer): void {
     if (this.closed) return;
@@ -1086,6 +1098,9 @@ export class Server {
   readonly sessions = new Set<Session>();
   readonly lobby: Room; // where everybody lands
   #owing: Session[] = []; // who has something in the queue
+  #gathered = 0; // events that wait in the queues
+  #flushedAt = 0;
+  #timer: ReturnType<typeof setTimeout> | undefined;
   #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
   #batches = 0;
   constructor(options: ServerOptions = {}) {
@@ -1113,9 +1128,22 @@ export class Server {
   // ---- Delivery
 
   owes(session: Session): void {
-    if (this.#owing.push(session) === 1) setImmediate(() => this.flush());
+    if (this.#owing.push(session) === 1) setImmediate(() => this.#settle());
+  }
+  /**
+   * Writes what sessions are owed, unless many were written to a moment ago: what is said within the moment shares a
+   * write, which is most of what a delivery costs. It is the longer the more they are, and too short to be seen.
+   */
+  #settle(): void {
+    const moment = Math.min(LIMITS.gatherMs, this.#owing.length / 4);
+    const wait = this.#flushedAt + moment - performance.now();
+    if (wait > 0 && this.#gathered < LIMITS.gathered) this.#timer = setTimeout(() => this.flush(), wait);
+    else this.flush();
   }
   flush(): void {
+    clearTimeout(this.#timer);
+    this.#flushedAt = performance.now();
+    this.#gathered = 0;
     const owing = this.#owing;
     this.#owing = [];
     for (const session of owing) session.flush();
@@ -1131,6 +1159,7 @@ export class Server {
   }
   /** Delivers an event. Whose line caused it gets it as the answer, a message only if it asked for echoes. */
   deliver(event: Event, members: Iterable<Member>, origin?: Session): void {
+    if (++this.#gathered === LIMITS.gathered) setImmediate(() => this.flush());
     const forms: Buffer[] = [];
     const form = (caps: number) => {
       const { body, tags } = encode(event, caps);

@@ -66,6 +66,8 @@ class Subject {
 
 const pinned = (command: readonly string[]) => ["taskset", "-c", SERVER_CORE, ...command] as const;
 
+process.setMaxListeners(100);
+
 function start([file = "", ...args]: readonly string[]): ChildProcess {
   const child = spawn(file, args, { stdio: ["ignore", "ignore", "pipe"] });
   process.on("exit", () => child.kill("SIGKILL"));
@@ -123,6 +125,7 @@ async function startNgircd(): Promise<Subject> {
 
 const SUBJECTS: Readonly<Record<string, () => Promise<Subject>>> = {
   ours: () => startOurs("chat", [path.join(ROOT, "dist", "chat")]),
+  node: () => startOurs("chat on Node", [process.execPath, path.join(ROOT, "dist", "chat.mjs")]),
   deno: () =>
     startOurs("chat on Deno", [
       "npx",
@@ -377,6 +380,7 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
   "talk: 1000 members, 20/s": (subject) => talkCase(subject, 1000, (ears) => paced(ears, 20)),
   "join: 1000 members": async (subject) => {
     const ours = subject.name !== "ngircd";
+    const empty = subject.memory();
     if (ours) await each(1000, (at) => register(subject, nickOf(at)));
     await each(200, async () => (await dial(subject, "x")).socket.destroy());
     const before = subject.cpu();
@@ -394,6 +398,7 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
       "µs/join": spent / 1000,
       "µs/join beside the handshake": (spent - handshakes) / 1000,
       "KiB/member": (subject.memory() - memory) / 1000,
+      "with its account": (subject.memory() - empty) / 1000,
     };
     for (const member of members) member.socket.destroy();
     return figures;
