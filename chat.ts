@@ -1978,7 +1978,8 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
     },
     pending: () => socket.writableLength,
     read: (wanted) => {
-      if (wanted !== flowing) void (wanted ? socket.resume() : socket.pause());
+      // Deno goes on reading a paused socket, without end: there the bytes are to come, and to be counted.
+      if (wanted !== flowing && !("Deno" in globalThis)) void (wanted ? socket.resume() : socket.pause());
       flowing = wanted;
     },
     end: (atOnce) => {

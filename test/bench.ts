@@ -1,7 +1,8 @@
 // The benchmark: a server as its own process on one core, driven from this process on another, over TLS, with real
 // logins. Measured from outside: /proc tells processor time and memory (Linux), the clients count every delivery.
 //
-//   npm run bench -- [--svg FILE] [--only WORD] [--seconds N] [--server ours|ngircd|deno] [--soak MINUTES]
+//   npm run bench -- [--svg FILE] [--only WORD] [--seconds N] [--server ours|node|deno|ngircd]
+//   npm run bench -- --soak MINUTES [--svg FILE]
 import { type ChildProcess, spawn } from "node:child_process";
 import crypto from "node:crypto";
 import { once } from "node:events";
@@ -409,6 +410,57 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
   ])),
 };
 
+/** Talk, joins, leaves, breaks and readings of history for some minutes: memory must not drift, nor a line be lost. */
+async function soak(subject: Subject, minutes: number): Promise<string[]> {
+  const [stable, restless] = [150, 50];
+  const empty = subject.memory();
+  const all = await crowd(subject, stable + restless);
+  const ears = new Ears(all.slice(0, stable));
+  const samples: { minute: number; mib: number }[] = [];
+  const counts = { breaks: 0, leaves: 0, histories: 0 };
+  const began = performance.now();
+  const running = until(minutes * 60);
+  const wait = (ms: number) => new Promise((later) => setTimeout(later, ms));
+  const come = async (at: number) => {
+    let member = all[at];
+    while (running() && member) {
+      await wait(1000 + crypto.randomInt(8000));
+      member.send("CAP REQ :batch draft/chathistory", "CHATHISTORY LATEST #chat * 100");
+      await member.wait(/BATCH -/);
+      counts.histories++;
+      if (crypto.randomInt(2)) member.socket.destroy();
+      else member.send("QUIT :bye");
+      counts[member.socket.destroyed ? "breaks" : "leaves"]++;
+      member = await enter(subject, nickOf(at));
+    }
+    member?.socket.destroy();
+  };
+  const sample = async () => {
+    while (running()) {
+      samples.push({ minute: (performance.now() - began) / 60_000, mib: subject.memory() / 1024 });
+      await wait(5000);
+    }
+  };
+  const comers = Array.from({ length: restless }, (_, at) => come(stable + at));
+  await Promise.all([paced(ears, 20)(running), sample(), ...comers]);
+  const mean = (from: number, to: number) => {
+    const some = samples.filter(({ minute }) => minute >= from && minute < to);
+    return some.reduce((sum, { mib }) => sum + mib, 0) / some.length;
+  };
+  if (ears.faults || ears.missing) throw new Error(`${ears.missing} messages lost, ${ears.faults} doubled`);
+  if (OPTIONS.svg) fs.writeFileSync(OPTIONS.svg, curve(samples));
+  const [early, late] = [mean(minutes / 4, minutes / 2), mean(minutes * 3 / 4, minutes)];
+  return [
+    `soak: ${minutes} minutes, ${stable + restless} members, ${
+      Object.entries(counts).map(([what, n]) => `${n} ${what}`).join(", ")
+    }`,
+    `  ${ears.deliveries} deliveries counted, none lost, none doubled`,
+    `  memory: ${(empty / 1024).toFixed(1)} MiB empty, ${early.toFixed(1)} in the second quarter, ${
+      late.toFixed(1)
+    } in the last`,
+  ];
+}
+
 // ---- Telling
 
 type Results = Map<string, Map<string, Figures>>;
@@ -452,7 +504,26 @@ ${rows.join("\n")}
 `;
 }
 
+/** Memory over time, as a picture. */
+function curve(samples: readonly { minute: number; mib: number }[]): string {
+  const [end, top] = [samples.at(-1)?.minute ?? 1, Math.max(...samples.map(({ mib }) => mib)) * 1.1];
+  const points = samples.map(({ minute, mib }) => `${60 + minute / end * 700},${340 - mib / top * 300}`).join(" ");
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="800" height="400" font-family="monospace" font-size="14">
+<rect width="100%" height="100%" fill="white"/>
+<path d="M60 40 V340 H760" fill="none" stroke="black"/>
+<text x="10" y="30">resident MiB, up to ${top.toFixed(0)}</text>
+<text x="560" y="370">${end.toFixed(1)} minutes</text>
+<polyline points="${points}" fill="none" stroke="steelblue" stroke-width="2"/>
+</svg>
+`;
+}
+
 async function main(): Promise<void> {
+  if (OPTIONS.soak) {
+    const subject = await startOurs("chat", [path.join(ROOT, "dist", "chat")]);
+    console.log((await soak(subject, Number(OPTIONS.soak))).join("\n"));
+    return await subject.stop();
+  }
   const subjects = OPTIONS.server ?? (fs.existsSync("/usr/sbin/ngircd") ? ["ours", "ngircd"] : ["ours"]);
   const results: Results = new Map();
   for (const [name, run] of Object.entries(CASES)) {

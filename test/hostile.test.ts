@@ -1,0 +1,352 @@
+// Peers that mean no good, or mean nothing at all: others notice none of it.
+// FUZZ_SECONDS and FUZZ_SEED let the fuzzer run for longer, or the same way again.
+import assert from "node:assert/strict";
+import fs from "node:fs";
+import net from "node:net";
+import { mock, test, type TestContext } from "node:test";
+import * as chat from "../chat.ts";
+import { dial, enter, Irc, quickScrypt, serveHere, serveProcess } from "./helpers.ts";
+
+quickScrypt();
+const { LIMITS } = chat;
+const turn = () => new Promise((next) => setImmediate(next));
+
+// ---- The fuzzer: a server without sockets
+
+/** A connection without a socket. What the server writes is kept for those who look at it. */
+class Wire implements chat.Peer {
+  readonly address = "127.0.0.1";
+  readonly session: chat.Session;
+  readonly keeps: boolean;
+  out = "";
+  ended = false;
+  constructor(server: chat.Server, keeps = false) {
+    this.keeps = keeps;
+    this.session = server.open(this);
+  }
+  write(bytes: Buffer): boolean {
+    if (this.keeps) this.out += bytes.toString("utf8");
+    return true;
+  }
+  pending(): number {
+    return 0;
+  }
+  read(): void {}
+  end(): void {
+    this.ended = true;
+  }
+  send(...lines: readonly string[]): void {
+    this.session.receive(Buffer.from(lines.map((line) => `${line}\r\n`).join("")));
+  }
+  async wait(pattern: RegExp): Promise<void> {
+    while (!pattern.test(this.out)) await turn();
+  }
+}
+
+/** Random numbers that are the same again for the same seed (mulberry32). */
+function random(seed: number): (below: number) => number {
+  return (below) => {
+    seed = seed + 0x6d2b79f5 | 0;
+    let mixed = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    mixed = mixed + Math.imul(mixed ^ mixed >>> 7, 61 | mixed) ^ mixed;
+    return ((mixed ^ mixed >>> 14) >>> 0) % below;
+  };
+}
+
+const WORDS = [
+  ..."ana bo mal0 mal1 mal2 mal3 chat.server nickserv #chat #lab #chat,#lab * + - 0 1 302 99999999999 +i +b b".split(
+    " ",
+  ),
+  ..."LS LIST REQ END LATEST BEFORE AFTER AROUND BETWEEN TARGETS PLAIN SCRAM-SCRYPT-PLUS msgid=1-1 %tcuihsnfdlaor"
+    .split(" "),
+  ..."timestamp=2026-01-01T00:00:00.000Z timestamp=x sasl message-tags batch -batch echo-message AGFuYQBzZWNyZXQ="
+    .split(" "),
+  ...[
+    "",
+    ":",
+    ": ",
+    "@",
+    "é",
+    "😀",
+    "\u202e",
+    "a".repeat(600),
+    ",".repeat(50),
+    "\0",
+    "\x01ACTION x\x01",
+    "=",
+    "labeled-response",
+  ],
+];
+const TAGS = [
+  "@label=1",
+  "@chat.local/once=a-1",
+  "@chat.local/once=;;=",
+  "@+typing=active",
+  "@",
+  "@a=\\",
+  "@" + "x".repeat(5000),
+];
+
+/** A line that means something, or nearly. */
+function line(below: (limit: number) => number): Buffer {
+  const pick = (from: readonly string[]) => from[below(from.length)] ?? "";
+  const words = [pick([...Object.keys(chat.COMMANDS), "JUNK"]), ...Array.from({ length: below(6) }, () => pick(WORDS))];
+  if (!below(3)) words.splice(-1, 1, `:${words.at(-1)}`);
+  if (!below(4)) words.unshift(pick(TAGS));
+  const bytes = Buffer.from(words.join(" ") + pick(["\r\n", "\n", "\r", "\r\n"]));
+  if (below(8)) return bytes;
+  for (let times = below(4); times >= 0; times--) bytes[below(bytes.length)] = below(256);
+  return bytes.subarray(0, below(bytes.length + 1));
+}
+
+/** What every line of the server looks like: tags, a source or a command of its own, 512 bytes of body. */
+function conforms(text: string): boolean {
+  const [, tags = "", body = ""] = /^(@[^ ]+ )?(.*)$/s.exec(text) ?? [];
+  return tags.length <= LIMITS.serverTagBytes && Buffer.byteLength(body) <= LIMITS.bodyBytes - 2 &&
+    /^(:[^ ]+ )?([A-Z]+|\d{3})( |$)/.test(body) && !/[\0\r\n]/.test(text);
+}
+
+test("whatever is sent, in whatever state: the server goes on, and a witness gets every line as it must be", async (t) => {
+  const seed = Number(process.env["FUZZ_SEED"] ?? Math.floor(Math.random() * 2 ** 31));
+  const below = random(seed);
+  const log: string[] = [];
+  const server = new chat.Server({ rate: 0, perAddress: 1000, log: (text) => log.push(text) });
+  const caps = "message-tags server-time account-tag batch away-notify extended-join cap-notify labeled-response";
+  const [witness, friend] = [new Wire(server, true), new Wire(server)];
+  witness.send(`CAP REQ :${caps}`, "PASS right", "NICK witness", "USER w 0 * :w", "CAP END");
+  friend.send("PASS right", "NICK friend", "USER f 0 * :f");
+  await witness.wait(/friend!friend@chat JOIN/);
+  witness.out = "";
+  const peers: Wire[] = [];
+  let [lines, said] = [0, 0];
+  const end = Date.now() + Number(process.env["FUZZ_SECONDS"] ?? 5) * 1000;
+  while (Date.now() < end) {
+    const at = below(20);
+    let peer = peers[at];
+    if (!peer || peer.ended || !below(200)) {
+      if (peer && !peer.ended) peer.session.lost("gone");
+      peer = peers[at] = new Wire(server);
+      const start = [["PASS secret", `NICK mal${below(4)}`, "USER x 0 * :x"], [`CAP REQ :${caps}`], ["CAP LS"], []];
+      peer.send(...start[below(start.length)] ?? []);
+    }
+    const pieces = Array.from({ length: 1 + below(20) }, () => line(below));
+    lines += pieces.length;
+    const bytes = Buffer.concat(pieces);
+    const middle = below(bytes.length + 1); // packets end anywhere
+    peer.session.receive(bytes.subarray(0, middle));
+    peer.session.receive(bytes.subarray(middle));
+    if (below(50)) continue;
+    friend.send(`PRIVMSG #chat :number ${++said}`);
+    await turn();
+    if (!below(20)) server.sweep();
+    if (witness.out.length < 1_000_000) continue;
+    await witness.wait(new RegExp(`friend@chat PRIVMSG #chat :number ${said}\r\n`));
+    check(witness);
+  }
+  friend.send(`PRIVMSG #chat :number ${++said}`);
+  await witness.wait(new RegExp(`friend@chat PRIVMSG #chat :number ${said}\r\n`));
+  let seen = 0;
+  check(witness);
+  t.diagnostic(`${lines} lines of seed ${seed}, ${said} of a friend, ${server.accounts.all.size} accounts`);
+  assert.deepEqual(log.filter((text) => text.startsWith("error")), []);
+  assert.ok(said > 10 && seen === said, `${seen} of ${said}`);
+  for (const peer of [...peers, witness, friend]) peer.session.close("The test is over");
+
+  function check(wire: Wire): void {
+    const all = wire.out.split("\r\n");
+    wire.out = all.pop() ?? "";
+    assert.deepEqual(all.filter((one) => !conforms(one)), [], `seed ${seed}`);
+    for (const one of all) {
+      const number = / :friend!friend@chat PRIVMSG #chat :number (\d+)$/.exec(one)?.[1];
+      if (number) assert.equal(Number(number), ++seen, `seed ${seed}`);
+    }
+  }
+});
+
+test("a hundred thousand new rooms leave no more than there may be", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const wire = new Wire(server, true);
+  wire.send("PASS secret", "NICK mal", "USER x 0 * :x");
+  await wire.wait(/ 366 mal #chat /);
+  for (let at = 0; at < 100_000; at++) {
+    wire.send(`JOIN #room${at}`, `PART #room${at}`);
+    if (at % 1000 === 0) await turn(), wire.out = "";
+  }
+  assert.equal(server.rooms.size, LIMITS.rooms);
+  wire.session.close("The test is over");
+});
+
+test("an error in a session ends that session with a reason in the log, and nothing else", async (t) => {
+  const log: string[] = [];
+  const { port, server } = await serveHere(t, { log: (text) => log.push(text) });
+  const [ana, bo] = [await enter(t, port, "ana"), await enter(t, port, "bo")];
+  const find = server.accounts.find.bind(server.accounts);
+  mock.method(server.accounts, "find", (nick: string) => {
+    if (nick === "boom") throw new Error("a mistake of ours");
+    return find(nick);
+  });
+  ana.send("WHOIS boom");
+  await ana.wait(/ERROR :Internal error\r\n/);
+  await ana.closed;
+  await bo.wait(/:ana!ana@chat QUIT :Internal error\r\n/);
+  assert.match(log.join("\n"), /^error in the session of ana: Error: a mistake of ours/m);
+  await bo.sync();
+});
+
+// ---- Limits, and who goes over them
+
+test("there are only so many who have not logged in", () => {
+  const server = new chat.Server({ perAddress: 10_000, maxClients: 10_000 });
+  const wires = Array.from({ length: LIMITS.strangers + 1 }, () => new Wire(server));
+  assert.deepEqual([wires.at(-2)?.ended, wires.at(-1)?.ended], [false, true]);
+  for (const wire of wires) wire.session.close("The test is over");
+});
+
+test("who is connected and shakes no hands is let go", async (t) => {
+  const { port } = await serveHere(t);
+  const socket = net.connect(port, "127.0.0.1");
+  t.after(() => socket.destroy());
+  const began = Date.now();
+  await new Promise((closed) => socket.on("error", () => {}).on("close", closed));
+  assert.ok(Date.now() - began > LIMITS.handshakeMs - 1000);
+});
+
+for (const runtime of ["binary", "deno"] as const) {
+  test(`who sends without end is read slowly, or goes; the others do not notice (${runtime})`, async (t) => {
+    const server = await serveProcess(t, ["--rate", "10"], { runtime });
+    const [flooder, ana] = [await enter(t, server.port, "flooder"), await enter(t, server.port, "ana")];
+    const flood = Buffer.from("PRIVMSG #chat :flood\r\n".repeat(10_000));
+    let taken = 0;
+    const pour = () => {
+      while (!flooder.socket.destroyed && taken < 1000 && flooder.socket.write(flood)) taken++;
+      if (!flooder.socket.destroyed && taken < 1000) taken++;
+    };
+    flooder.socket.on("drain", pour);
+    pour();
+    for (let at = 0; at < 20; at++) await ana.sync();
+    if (runtime === "deno") { // which goes on reading
+      await flooder.closed;
+      await ana.sync();
+      assert.match(ana.all, /:flooder!flooder@chat QUIT :Excess flood\r\n/);
+    }
+    const heard = ana.all.split("PRIVMSG #chat :flood").length - 1;
+    assert.ok(heard >= 1 && heard < 500, `${heard} lines went through`);
+    assert.ok(taken < 100, `${taken} times 220 kB were taken in`);
+    flooder.socket.destroy();
+  });
+}
+
+/** Somebody who does not read what comes, from now on. */
+function sleep(irc: Irc): void {
+  irc.socket.pause();
+}
+
+test("who asks for more history than it reads has to wait, is not closed, and gets all of it", async (t) => {
+  const { port } = await serveHere(t);
+  const ana = await enter(t, port, "ana", "batch draft/chathistory");
+  for (let at = 0; at < 100; at++) ana.send(`PRIVMSG #chat :${"x".repeat(400)}`);
+  await ana.sync();
+  sleep(ana);
+  const times = 400; // 18 MB, of which 1 may be owed
+  for (let at = 0; at < times; at++) ana.send("CHATHISTORY LATEST #chat * 100");
+  const bo = await enter(t, port, "bo");
+  await bo.sync();
+  ana.socket.resume();
+  for (let at = 0; at < times; at++) await ana.wait(/ BATCH -\w+\r\n/);
+  await ana.sync();
+});
+
+test("who stops reading costs a mebibyte, then goes, with a reason; the others hear everything", async (t) => {
+  const log: string[] = [];
+  const { port, server } = await serveHere(t, { log: (text) => log.push(text) });
+  const [sleeper, ana, bo] = await Promise.all(["sleeper", "ana", "bo"].map((nick) => enter(t, port, nick)));
+  assert.ok(sleeper && ana && bo);
+  sleep(sleeper);
+  let most = 0;
+  for (let at = 0; log.every((text) => !/^sleeper left .*: Not reading$/.test(text)); at++) {
+    for (let many = 0; many < 100; many++) bo.send(`PRIVMSG #chat :${at}.${many} ${"x".repeat(400)}`);
+    await bo.sync();
+    await ana.wait(new RegExp(` :${at}\\.99 x+\r\n`));
+    most = Math.max(most, ...[...server.sessions].map(({ owed }) => owed));
+  }
+  assert.ok(most > LIMITS.owedBytes / 2 && most < LIMITS.owedBytes * 1.1, `${most} bytes were owed`);
+});
+
+// ---- Connections that break
+
+const residentKiB = (pid = 0) => Number(/VmRSS:\s*(\d+)/.exec(fs.readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
+
+/** Ways to connect and be gone. */
+const GONE: readonly ((t: TestContext, port: number) => Promise<unknown>)[] = [
+  (_, port) => raw(port, "", "destroy"),
+  (_, port) => raw(port, "\x16\x03\x01\x02\x00\x01", "destroy"), // the beginning of a handshake
+  (_, port) => raw(port, "GET / HTTP/1.0\r\n\r\n", "end"),
+  (_, port) => raw(port, "\x15\x03\x03\x00\x02\x02\x28", "reset"), // a TLS alert
+  async (t, port) => (await dial(t, port)).socket.destroy(),
+  async (t, port) => {
+    const irc = await dial(t, port);
+    irc.socket.write("CAP LS 302\r\nNICK half"); // a half line, and half closed
+    irc.socket.end();
+    await irc.closed;
+  },
+  async (t, port) => {
+    const irc = await dial(t, port);
+    irc.send("CAP REQ sasl", "AUTHENTICATE SCRAM-SCRYPT-PLUS");
+    await irc.wait(/AUTHENTICATE \+/);
+    irc.socket.destroy();
+  },
+];
+
+function raw(port: number, text: string, how: "destroy" | "end" | "reset"): Promise<unknown> {
+  const socket = net.connect(port, "127.0.0.1", () => {
+    socket.write(text, "latin1", () => {
+      if (how === "end") socket.end();
+      else void (how === "reset" ? socket.resetAndDestroy() : socket.destroy());
+    });
+  });
+  socket.resume().on("error", () => {});
+  return new Promise((closed) => socket.on("close", closed));
+}
+
+test("connections that are dropped at every stage leave nothing behind, and a witness is answered", async (t) => {
+  const { port, child } = await serveProcess(t, ["--per-address", "1000"]);
+  const witness = await enter(t, port, "witness");
+  const rounds = async (count: number) => {
+    for (let at = 0; at < count; at += 20) {
+      await Promise.all(Array.from({ length: 20 }, (_, more) => GONE[(at + more) % GONE.length]?.(t, port)));
+      await witness.sync();
+    }
+  };
+  await rounds(700);
+  const before = residentKiB(child.pid);
+  await rounds(Number(process.env["DROPS"] ?? 1400));
+  const after = residentKiB(child.pid);
+  t.diagnostic(`${before} KiB before, ${after} KiB after`);
+  assert.ok(after < before * 1.2, `${before} KiB before, ${after} KiB after`);
+});
+
+test("a server that is told to stop while all talk delivers each line that it has acknowledged", async (t) => {
+  const server = await serveProcess(t, ["--rate", "0"]);
+  const count = 40;
+  const people = await Promise.all(
+    Array.from({ length: count }, (_, at) => enter(t, server.port, `n${at}`, "echo-message")),
+  );
+  let number = 0;
+  const talk = setInterval(() => people.forEach((one, at) => one.send(`PRIVMSG #chat :from ${at} ${++number}`)), 1);
+  t.after(() => clearInterval(talk));
+  await people[0]?.wait(/from 39 4\d\d\d\r\n/);
+  server.child.kill("SIGTERM");
+  assert.equal(await server.ended, 0);
+  clearInterval(talk);
+  await Promise.all(people.map(({ closed }) => closed));
+  const heard = people.map(({ all }) =>
+    [...all.matchAll(/PRIVMSG #chat :(from \d+ \d+)\r\n/g)].map(([, text]) => text)
+  );
+  const acknowledged = heard.flatMap((texts, at) => texts.filter((text) => text?.startsWith(`from ${at} `)));
+  assert.ok(acknowledged.length > 1000);
+  for (const texts of heard) {
+    const all = new Set(texts);
+    assert.equal(all.size, texts.length, "nothing twice");
+    assert.deepEqual(acknowledged.filter((text) => !all.has(text)), []);
+  }
+});
