@@ -60,6 +60,7 @@ export const LIMITS = Object.freeze({
   scryptQueue: 100, // hashings that wait, per address
   // The client.
   outbox: 500, // lines that wait for the connection
+  hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
 });
 
 /** What ends the program, or one try of it, in words for a person; `status` is the exit status. */
@@ -1274,7 +1275,8 @@ export class Server {
     const missed = logs.flatMap((log) => log.read("last", LIMITS.missed, false, since)).sort(byNumber);
     member.sessions.add(session);
     member.realName = session.realName || member.realName || member.nick;
-    session.welcome = true;
+    const arrives = !member.present;
+    member.present = session.welcome = true;
     session.pace = member.pace;
     greet(session);
     for (const room of member.rooms) { // a further session, or one that takes up a lost connection
@@ -1282,8 +1284,7 @@ export class Server {
       session.answer(format("JOIN", params, source(member.nick)));
       tellRoom(session, room);
     }
-    if (!member.present) this.join(member, this.lobby, session);
-    member.present = true;
+    if (arrives) this.join(member, this.lobby, session);
     if (this.options.warning) session.reply("NOTICE", member.nick, this.options.warning);
     const toMe = missed.filter(({ target }) => fold(target) === fold(member.nick));
     for (const event of toMe.slice(-LIMITS.missed)) session.tell(event);
@@ -2561,8 +2562,8 @@ class Client {
   #watch(): void {
     const { link } = this;
     const silent = link && this.#wasIn ? now() - link.heard : 0;
-    if (silent > 60_000) link?.end("nothing heard for a minute");
-    else if (silent > 30_000 && link && !link.asked) {
+    if (silent > 2 * LIMITS.hushMs) link?.end("nothing heard for a minute");
+    else if (silent > LIMITS.hushMs && link && !link.asked) {
       link.asked = true;
       link.send("PING", ["there?"]);
     }

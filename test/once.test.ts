@@ -19,10 +19,10 @@ async function cutter(
   t: TestContext,
   port: number,
   seed: number,
-): Promise<{ port: number; cuts: () => number; calm: () => void }> {
+): Promise<{ port: number; cuts: () => number; calm: () => void; unplug: () => void }> {
   const roll = dice(seed);
   const open = new Set<net.Socket>();
-  let [cuts, calm] = [0, false];
+  let [cuts, calm, unplugged] = [0, false, new Set<net.Socket>()];
   const proxy = net.createServer((client) => {
     const server = net.connect(port, "127.0.0.1");
     const upwards = roll() < 0.5;
@@ -39,6 +39,7 @@ async function cutter(
         to.destroy();
       });
       from.on("data", (chunk: Buffer) => {
+        if (unplugged.has(from)) return;
         if (counts && !calm) left -= chunk.length;
         if (left > 0) return void to.write(chunk);
         cuts++;
@@ -52,7 +53,12 @@ async function cutter(
     proxy.close();
     for (const socket of open) socket.destroy();
   });
-  return { port: (proxy.address() as net.AddressInfo).port, cuts: () => cuts, calm: () => calm = true };
+  return {
+    port: (proxy.address() as net.AddressInfo).port,
+    cuts: () => cuts,
+    calm: () => calm = true,
+    unplug: () => unplugged = new Set(open),
+  };
 }
 
 /** Everything that the server ever records. */
@@ -188,4 +194,19 @@ test("that is so with private messages, also when both sides are cut", async (t)
   for (const view of views) assert.deepEqual(heard(view).sort(), [...LINES].sort());
   for (const person of people) person.onInterrupt();
   assert.deepEqual(await Promise.all(ended), [0, 0]);
+});
+
+test("a cable that is pulled out is noticed within a minute, and the line that was said meanwhile arrives", async (t) => {
+  const { port } = await serveHere(t);
+  const witness = await enter(t, port, "witness");
+  const proxy = await cutter(t, port, 3);
+  proxy.calm();
+  const ana = joinProcess(t, `ana@127.0.0.1:${proxy.port}`);
+  await ana.err.wait(/in #chat as/);
+  proxy.unplug(); // what is open; a new connection goes through
+  ana.write("said into the void\n");
+  await ana.err.wait(/connection lost: nothing heard for a minute/, 90_000);
+  await witness.wait(/:ana!ana@chat PRIVMSG #chat :said into the void\r\n/);
+  ana.end();
+  assert.equal(await ana.ended, 0);
 });
