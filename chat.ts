@@ -2345,10 +2345,7 @@ class Link {
     this.socket.write(line);
   }
   facts(): string[] {
-    return [
-      ...facts(this.socket, this.certificate),
-      this.trust && `trusted, because ${this.trust}`,
-    ];
+    return [...facts(this.socket, this.certificate), this.trust && `trusted, because ${this.trust}`];
   }
   /** Sends a message of a SASL exchange. */
   authenticate(message: string): void {
@@ -3175,11 +3172,7 @@ export const SLASH: Table<Slash> = {
     client.bell = rest !== "off";
     client.screen.note(`the bell is ${client.bell ? "on" : "off"}`);
   }),
-  tls: slash(
-    "",
-    "tell about the connection",
-    ({ link, screen }) => link?.facts().forEach((fact) => screen.note(fact)),
-  ),
+  tls: slash("", "tell about the connection", ({ link, screen }) => link?.facts().forEach((fact) => screen.note(fact))),
   password: slash("", "change your password", (client) => client.changePassword()),
   reconnect: slash("", "connect anew, now", (client) => client.reconnect()),
   clear: slash("", "clear the screen", ({ screen }) => screen.clear()),
@@ -3301,15 +3294,7 @@ async function mainServe(args: readonly string[]): Promise<number> {
     ...explain && { explain: (line: string) => void tell(line) },
   };
   const limits = { ...maxClients && { maxClients: +maxClients }, ...perAddress && { perAddress: +perAddress } };
-  const serving = await serve({
-    ...others,
-    ...limits,
-    host,
-    port,
-    identity,
-    log,
-    ...watch,
-  });
+  const serving = await serve({ ...others, ...limits, host, port, identity, log, ...watch });
   const name = host.includes(":") ? `[${host}]` : host;
   const reach = `${/^(0\.0\.0\.0|\[::\])$/.test(name) ? "THIS-MACHINE" : name}:${serving.port}`;
   const invitation = `./chat join ${reach}/${identity.pin}`;

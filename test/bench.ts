@@ -75,9 +75,19 @@ function start([file = "", ...args]: readonly string[]): ChildProcess {
   return child;
 }
 
-async function startOurs(name: string, command: readonly string[]): Promise<Subject> {
+async function startOurs(name: string, command: readonly string[], rate = 0): Promise<Subject> {
   const child = start(
-    pinned([...command, "serve", "127.0.0.1:0", "--rate", "0", "--max-clients", "10000", "--per-address", "10000"]),
+    pinned([
+      ...command,
+      "serve",
+      "127.0.0.1:0",
+      "--rate",
+      String(rate),
+      "--max-clients",
+      "10000",
+      "--per-address",
+      "10000",
+    ]),
   );
   let told = "";
   child.stderr?.setEncoding("utf8").on("data", (text: string) => told += told.length < 10_000 ? text : "");
@@ -138,6 +148,8 @@ const SUBJECTS: Readonly<Record<string, () => Promise<Subject>>> = {
       path.join(ROOT, "chat.ts"),
     ]),
   ngircd: startNgircd,
+  /** With the limit on the rate that people have: its cases are the ones about floods. */
+  fair: () => startOurs("fair", [path.join(ROOT, "dist", "chat")], 10),
 };
 
 // ---- Members
@@ -404,6 +416,19 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
     for (const member of members) member.socket.destroy();
     return figures;
   },
+  "fair: 200 members, 50/s, nobody floods": (subject) => talkCase(subject, 200, (ears) => paced(ears, 50)),
+  "fair: 200 members, 50/s, ten flood": async (subject) => {
+    const flood = Buffer.from(`PRIVMSG #chat :${"flood ".repeat(20)}\r\n`.repeat(1000));
+    await each(10, (at) => register(subject, `flooder${at}`));
+    for (const { socket } of await each(10, (at) => enter(subject, `flooder${at}`))) {
+      const pour = () => {
+        while (!socket.destroyed && socket.write(flood));
+      };
+      pour();
+      socket.on("drain", pour);
+    }
+    return await talkCase(subject, 200, (ears) => paced(ears, 50));
+  },
   ...Object.fromEntries([100, 200, 500, 1000, 2000].map((count) => [
     `grow: ${count} members, 20/s`,
     (subject: Subject) => talkCase(subject, count, (ears) => paced(ears, 20)),
@@ -529,7 +554,7 @@ async function main(): Promise<void> {
   for (const [name, run] of Object.entries(CASES)) {
     if (!name.includes(OPTIONS.only)) continue;
     const by = new Map<string, Figures>();
-    for (const which of subjects) {
+    for (const which of name.startsWith("fair") ? ["fair"] : subjects) {
       const subject = await SUBJECTS[which]?.();
       if (!subject) throw new Error(`there is no ${which}`);
       by.set(subject.name, await run(subject));
