@@ -118,7 +118,7 @@ test("whatever is sent, in whatever state: the server goes on, and a witness get
   await witness.wait(/friend!friend@chat JOIN/);
   witness.out = "";
   const peers: Wire[] = [];
-  let [lines, said] = [0, 0];
+  let [lines, said, seen] = [0, 0, 0];
   const end = Date.now() + Number(process.env["FUZZ_SECONDS"] ?? 5) * 1000;
   while (Date.now() < end) {
     const at = below(20);
@@ -145,7 +145,6 @@ test("whatever is sent, in whatever state: the server goes on, and a witness get
   }
   friend.send(`PRIVMSG #chat :number ${++said}`);
   await witness.wait(new RegExp(`friend@chat PRIVMSG #chat :number ${said}\r\n`));
-  let seen = 0;
   check(witness);
   t.diagnostic(`${lines} lines of seed ${seed}, ${said} of a friend, ${server.accounts.all.size} accounts`);
   assert.deepEqual(log.filter((text) => text.startsWith("error")), []);
