@@ -85,6 +85,10 @@ const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(dat
 const base64 = (data: Buffer) => data.toString("base64");
 const fromBase64 = (text = "") => Buffer.from(text, "base64");
 
+/** A row of a table, which has no others than its own. */
+const rowOf = <T>(table: Readonly<Partial<Record<string, T>>>, name: string) =>
+  Object.hasOwn(table, name) ? table[name] : undefined;
+
 /** Counts what happens under a key in a window of time. */
 class Counter {
   readonly #counts = new Map<string, number>();
@@ -274,15 +278,21 @@ export class Splitter {
   /** The next line that is not empty, or why it is none; undefined until more bytes come. */
   next(): { readonly text?: string; readonly fault?: "too long" | "not UTF-8" | "NUL" } | undefined {
     for (;;) {
-      const lf = this.#bytes.indexOf(10);
-      const cr = (lf < 0 ? this.#bytes : this.#bytes.subarray(0, lf)).indexOf(13);
+      let ends = 0; // a line is not empty
+      while (!this.#skipping && (this.#bytes[ends] === 10 || this.#bytes[ends] === 13)) ends++;
+      if (ends) this.#bytes = this.#bytes.subarray(ends);
+      const most = LIMITS.bodyBytes + (this.#bytes[0] === 0x40 ? this.#tagBytes : 0);
+      const searched = this.#skipping ? this.#bytes : this.#bytes.subarray(0, most + 1);
+      const lf = searched.indexOf(10);
+      const cr = (lf < 0 ? searched : searched.subarray(0, lf)).indexOf(13);
       const end = cr < 0 ? lf : cr;
-      if (end < 0 && this.#bytes.length <= LIMITS.bodyBytes + (this.#bytes[0] === 0x40 ? this.#tagBytes : 0)) return;
+      if (end < 0 && !this.#skipping && this.#bytes.length <= most) return;
+      if (end < 0 && this.#skipping) return void (this.#bytes = Buffer.alloc(0));
       const [line, skipped] = [this.#bytes.subarray(0, Math.max(0, end)), this.#skipping];
-      this.#bytes = end < 0 ? Buffer.alloc(0) : this.#bytes.subarray(end + 1);
       this.#skipping = end < 0;
-      if (end < 0 && !skipped) return { fault: "too long" };
-      if (!skipped && line.length) return this.#decode(line);
+      if (end < 0) return { fault: "too long" };
+      this.#bytes = this.#bytes.subarray(end + 1);
+      if (!skipped) return this.#decode(line);
     }
   }
   #decode(line: Buffer): { text: string } | { fault: "too long" | "not UTF-8" | "NUL" } {
@@ -437,7 +447,7 @@ function facts(socket: tls.TLSSocket, certificate: crypto.X509Certificate | unde
     : "a quantum computer would break it";
   const about = [
     `TCP from ${socket.localAddress}:${socket.localPort} to ${socket.remoteAddress}:${socket.remotePort}`,
-    `${socket.getProtocol()}, ${socket.getCipher().name}: encrypts, and tells if a byte was changed`,
+    `${socket.getProtocol()}, ${socket.getCipher()?.name}: encrypts, and tells if a byte was changed`,
     group ? `keys agreed by ${group}: ${quantum}` : "",
     socket.alpnProtocol ? `ALPN: both sides want to speak ${socket.alpnProtocol}` : "",
   ];
@@ -721,7 +731,7 @@ const byNumber = (one: Event, other: Event) => one.number - other.number;
 const isMessage = ({ kind }: Event) => kind === "PRIVMSG" || kind === "NOTICE" || kind === "TAGMSG";
 /** Roughly what an event costs, with its share of everything around it. */
 const sizeOf = ({ text, tags }: Event) =>
-  500 + text.length + tags.reduce((sum, [, value]) => sum + 100 + value.length, 0);
+  500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
 
 /** The events of a room or of a talk. */
 export class Log {
@@ -802,6 +812,7 @@ export class Member implements Account {
   readonly pace: Pace = { until: 0 };
   present = false; // others see it; for LIMITS.lingerMs without a session too
   leftAt = now(); // when the last session ended
+  reachedAt = now(); // when it was surely there to read
   realName = "";
   away = ""; // the message; empty if it is not away
   constructor(nick: string, verifier: Verifier) {
@@ -900,6 +911,7 @@ function encode({ kind, nick, target, text, ...event }: Event, caps: number): { 
 export class Session {
   readonly server: Server;
   readonly address: string;
+  readonly network: string;
   readonly since = now();
   active = now(); // when it last did something of its own accord
   heard = now(); // when anything was heard of it last
@@ -931,6 +943,7 @@ export class Session {
   constructor(server: Server, peer: Peer) {
     this.server = server;
     this.address = peer.address;
+    this.network = networkOf(peer.address);
     this.#peer = peer;
   }
   has(cap: Cap): boolean {
@@ -958,14 +971,14 @@ export class Session {
     clearTimeout(this.#timer);
     const { rate } = this.server.options;
     while (!this.closed) {
-      const ahead = Math.max(0, this.pace.until - now()); // a burst is five seconds ahead
+      const ahead = Math.max(0, this.pace.until - performance.now()); // a burst is five seconds ahead
       if (this.#busy || this.owed > LIMITS.owedBytes / 4 || ahead > 5000) {
         if (ahead > 5000) this.#timer = setTimeout(() => this.run(), ahead - 5000);
         return this.#peer.read(false);
       }
       const split = this.#splitter.next();
       if (!split) return this.#peer.read(true);
-      this.pace.until = now() + ahead + (rate && 1000 / rate);
+      this.pace.until = performance.now() + ahead + (rate && 1000 / rate);
       void this.#execute(split);
     }
   }
@@ -1105,7 +1118,8 @@ export class Server {
   #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
   #batches = 0;
   constructor(options: ServerOptions = {}) {
-    this.options = { ...DEFAULTS, ...options };
+    const { log = DEFAULTS.log } = options;
+    this.options = { ...DEFAULTS, ...options, log: (line) => log(clean(cut(line, 1000))) }; // a terminal may show it
     this.history = new History(this.options.history);
     this.lobby = this.openRoom(this.options.room);
     if (options.topic) this.lobby.topic = this.happens(this.lobby, "TOPIC", SERVER, options.topic);
@@ -1116,8 +1130,8 @@ export class Server {
     const session = new Session(this, peer);
     this.sessions.add(session);
     let [here, strangers] = [0, 0];
-    for (const { address, welcome } of this.sessions) {
-      if (address === session.address) here++;
+    for (const { network, welcome } of this.sessions) {
+      if (network === session.network) here++;
       if (!welcome) strangers++;
     }
     if (this.sessions.size > this.options.maxClients) session.close("The server is full");
@@ -1230,6 +1244,10 @@ export class Server {
   complete(session: Session): void | Promise<void> {
     const { member, wish, password } = session;
     if (session.welcome || session.negotiating || session.realName === undefined) return;
+    const { barred } = this.accounts; // the operator may have changed it since the login
+    if (member && (barred.has(fold(member.nick)) || this.accounts.find(member.nick) !== member)) {
+      return session.close(REFUSALS["barred"]);
+    }
     if (member) return this.#letIn(session, member);
     if (wish && password) return this.#passIn(session, wish, password);
     if (!wish) return;
@@ -1270,7 +1288,7 @@ export class Server {
     if (why === "wrong" && ++session.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
   }
   #letIn(session: Session, member: Member): void {
-    const since = { time: member.leftAt - 1 };
+    const since = { time: member.reachedAt - 1 };
     const logs = member.sessions.size ? [] : [...member.talks.values()]; // somebody is there to read them
     const missed = logs.flatMap((log) => log.read("last", LIMITS.missed, false, since)).sort(byNumber);
     member.sessions.add(session);
@@ -1287,7 +1305,9 @@ export class Server {
     if (arrives) this.join(member, this.lobby, session);
     if (this.options.warning) session.reply("NOTICE", member.nick, this.options.warning);
     const toMe = missed.filter(({ target }) => fold(target) === fold(member.nick));
-    for (const event of toMe.slice(-LIMITS.missed)) session.tell(event);
+    let bytes = 0; // the latest of them, as many as one can be owed; the others are in the history
+    const from = toMe.findLastIndex((event) => (bytes += sizeOf(event)) > LIMITS.owedBytes / 2) + 1;
+    for (const event of toMe.slice(Math.max(from, toMe.length - LIMITS.missed))) session.tell(event);
   }
 
   /** A session is over. With its last session a member leaves, or a little later if the connection was lost. */
@@ -1297,6 +1317,7 @@ export class Server {
     if (member) this.options.log(`${member.nick} left from ${address}: ${reason}`);
     if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
     member.leftAt = now();
+    member.reachedAt = closed ? member.leftAt : session.heard;
     if (closed) this.#leave(member, reason);
   }
   #leave(member: Member, reason: string): void {
@@ -1312,7 +1333,7 @@ export class Server {
   }
   /** Ends all the sessions of a member. */
   kick(member: Member, reason: string): void {
-    for (const session of member.sessions) session.close(reason);
+    for (const session of this.sessions) if (session.member === member) session.close(reason);
     if (member.present) this.#leave(member, reason);
   }
   /** Deletes an account and its talks. */
@@ -1489,15 +1510,19 @@ function whois(session: Session, params: readonly string[]): void {
 
 const list = (text: string) => text.split(",").filter(Boolean).slice(0, LIMITS.targets);
 
+/** A text of its own: a part of a line would keep the whole line in memory. */
+const copied = (text: string) => Buffer.from(text).toString();
+
 /** PRIVMSG, NOTICE and TAGMSG. A NOTICE is never answered with an error, so that robots do not answer each other. */
 function say(session: Session, [targets = "", words = ""]: readonly string[], { command, tags: all }: Line): void {
   const { server, member } = session;
   const kind = command as "PRIVMSG" | "NOTICE" | "TAGMSG";
   const refuse = (code: string, ...params: string[]) =>
     kind === "NOTICE" ? undefined : session.numeric(code, ...params);
-  const text = kind === "TAGMSG" ? "" : words;
+  const text = kind === "TAGMSG" ? "" : copied(words);
   if (!member || (!text && kind !== "TAGMSG")) return refuse("412", "No text to send");
-  const tags = all.size ? [...all].filter(([name]) => name.startsWith("+")) : [];
+  const relayed = all.size ? [...all].filter(([name]) => name.startsWith("+")) : [];
+  const tags = relayed.map(([name, value]) => [copied(name), copied(value)] as const);
   for (const target of list(targets)) {
     const [room, other] = [server.rooms.get(fold(target)), server.accounts.find(target)];
     if (room && member.rooms.has(room)) {
@@ -1548,13 +1573,14 @@ function chathistory(session: Session, params: readonly string[]): void {
   const read = (end: "first" | "last", after?: Place, before?: Place, limited = limit) =>
     log?.read(end, limited, session.has("draft/event-playback"), after, before) ?? [];
   const earlier = kind === "AROUND" ? read("last", undefined, from, Math.floor(limit / 2)) : [];
+  const justBefore = from && { time: from.time - 1, ...from.number !== undefined && { number: from.number - 1 } };
   const backward = from && until && (from.time > until.time || (from.number ?? 0) > (until.number ?? Infinity));
   const ways: Partial<Record<string, () => readonly Event[]>> = {
     LATEST: () => read("last", from),
     BEFORE: () => read("last", undefined, from),
     AFTER: () => read("first", from),
     BETWEEN: () => backward ? read("last", until, from) : read("first", from, until),
-    AROUND: () => [...earlier, ...read("first", earlier.at(-1), undefined, limit - earlier.length)],
+    AROUND: () => [...earlier, ...read("first", earlier.at(-1) ?? justBefore, undefined, limit - earlier.length)],
   };
   const events = ways[kind]?.();
   if (!events) return refuse("INVALID_PARAMS", "There is no such subcommand", way);
@@ -1940,6 +1966,17 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     sockets.add(socket);
     socket.on("close", () => sockets.delete(socket));
     attach(server, socket, new crypto.X509Certificate(cert));
+  });
+  const knocking = new Map<string, number>(); // connections of each network, those without TLS among them
+  listener.on("connection", (socket: tls.TLSSocket) => {
+    const network = networkOf(socket.remoteAddress ?? "");
+    const count = (knocking.get(network) ?? 0) + 1;
+    if (count > 2 * server.options.perAddress) return void socket.destroy();
+    knocking.set(network, count);
+    socket.on("close", () => {
+      const left = (knocking.get(network) ?? 0) - 1;
+      void (left > 0 ? knocking.set(network, left) : knocking.delete(network));
+    });
   });
   if (keylog) listener.on("keylog", keylog);
   listener.maxConnections = server.options.maxClients + LIMITS.strangers;
@@ -2606,8 +2643,10 @@ class Client {
         throw new Fault("that is not how the key of this server ends", "this may be another server than yours", 3);
       }
       link.trust = "somebody compared its key";
+      this.#slow = link.ended !== "";
     }
     if (problem) this.#pin = pin;
+    if (link.ended) throw new Lost(link.ended, "is the server still running?");
     this.#explain(...link.facts());
     if (this.options.explain) link.explain = (text) => this.#explain(text);
   }
@@ -2688,7 +2727,10 @@ class Client {
     for (;;) {
       link.authenticate(String(message));
       const line = await link.next("AUTHENTICATE", "904");
-      if (line.command === "904") return said(line);
+      if (line.command === "904") { // not because of the password
+        const why = said(line).replace(/^.*: /, "");
+        throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
+      }
       const answer = fromBase64(line.params[0]).toString();
       if (answer === "e=channel-bindings-dont-match") {
         throw new Fault(
@@ -2782,7 +2824,7 @@ class Client {
     }
   }
   #command(name: string, rest: string): void | Promise<void> {
-    const row = SLASH[name];
+    const row = rowOf(SLASH, name);
     if (!row) {
       return this.screen.note(
         `there is no /${name}; did you mean /${nearest(name, Object.keys(SLASH))}? /help lists all`,
@@ -2799,7 +2841,7 @@ class Client {
       if (this.#outbox.size >= LIMITS.outbox && this.screen.kind !== "pipe") {
         return this.screen.note("too much waits; dropped");
       }
-      this.#outbox.set(++this.#number, [command, target, around(piece)]);
+      this.#outbox.set(++this.#number, [command, target || this.room?.name || "", around(piece)]);
       if (this.room?.here) this.#transmit(this.#number);
     }
     this.#showPrompt();
@@ -3120,8 +3162,9 @@ export const SLASH: Table<Slash> = {
   quit: exit,
   help: slash("[COMMAND]", "tell what you can type", ({ screen }, rest) => {
     const name = rest.replace(/^\//, "");
-    for (const line of rows(SLASH[name] ? { [name]: SLASH[name] } : SLASH, "/")) screen.note(line);
-    if (!SLASH[name]) screen.note("//TEXT               say something that begins with a slash");
+    const row = rowOf(SLASH, name);
+    for (const line of rows(row ? { [name]: row } : SLASH, "/")) screen.note(line);
+    if (!row) screen.note("//TEXT               say something that begins with a slash");
   }),
   who: slash("", "list who is in this room", ({ screen, room }) => {
     const nicks = [...room?.nicks.values() ?? []];
@@ -3172,7 +3215,11 @@ export const SLASH: Table<Slash> = {
     client.bell = rest !== "off";
     client.screen.note(`the bell is ${client.bell ? "on" : "off"}`);
   }),
-  tls: slash("", "tell about the connection", ({ link, screen }) => link?.facts().forEach((fact) => screen.note(fact))),
+  tls: slash(
+    "",
+    "tell about the connection",
+    ({ link, screen }) => (link?.ended ? ["not connected"] : link?.facts())?.forEach((fact) => screen.note(fact)),
+  ),
   password: slash("", "change your password", (client) => client.changePassword()),
   reconnect: slash("", "connect anew, now", (client) => client.reconnect()),
   clear: slash("", "clear the screen", ({ screen }) => screen.clear()),
@@ -3252,7 +3299,7 @@ function readArguments(command: "serve" | "join", args: readonly string[]) {
   for (const words = [...args]; words.length;) {
     const [, name, attached] = /^--?([^=]+)(?:=(.*))?$/s.exec(words[0] ?? "") ?? [];
     const word = words.shift() ?? "";
-    const row = OPTIONS[command][name ?? ""];
+    const row = rowOf(OPTIONS[command], name ?? "");
     if (name === undefined) rest.push(word);
     else if (!row) {
       const hint = `did you mean --${nearest(name, Object.keys(OPTIONS[command]))}?`;
@@ -3331,7 +3378,7 @@ async function mainServe(args: readonly string[]): Promise<number> {
 /** Runs an order of the operator's. */
 function obey(server: Server, table: Table<Order>, line: string): readonly string[] {
   const [, name = "", nick = "", rest = ""] = /^\/?([^ ]*) *([^ ]*) *(.*)$/s.exec(line.trim()) ?? [];
-  const row = table[name];
+  const row = rowOf(table, name);
   if (!name) return [];
   if (name === "help") return rows(table, "/");
   if (!row) return [`there is no /${name}; did you mean /${nearest(name, [...Object.keys(table), "help"])}?`];
@@ -3362,7 +3409,7 @@ async function mainJoin(args: readonly string[]): Promise<number> {
 /** Runs a command line. @returns the exit status. */
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
   try {
-    const run = { serve: mainServe, join: mainJoin }[command];
+    const run = rowOf({ serve: mainServe, join: mainJoin }, command);
     if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) process.stdout.write(`${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) process.stdout.write(`chat ${VERSION}\n`);

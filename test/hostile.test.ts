@@ -192,6 +192,36 @@ test("an error in a session ends that session with a reason in the log, and noth
   await bo.sync();
 });
 
+test("what others say reaches the log, which a terminal may show, without escape sequences", async (t) => {
+  const log: string[] = [];
+  const { port } = await serveHere(t, { log: (text) => log.push(text) });
+  const ana = await enter(t, port, "ana");
+  ana.send("QUIT :\x1b[2J\x1b[31mchat: to join: ./chat join evil");
+  await ana.closed;
+  const bo = await dial(t, port);
+  bo.send("PASS \x1b[2J", "NICK \x1b[2J", "USER x 0 * :x", "QUIT");
+  await bo.closed;
+  assert.match(log.join("\n"), /^ana left .*: Quit: \uFFFD\[2J/m);
+  // deno-lint-ignore no-control-regex -- that is what must not be there
+  assert.doesNotMatch(log.join(""), /[\x00-\x1f]/);
+});
+
+test("who is logged in and not let in yet is kicked as well, and gets in no more", async () => {
+  const server = new chat.Server();
+  const [inside, halfway] = [new Wire(server, true), new Wire(server, true)];
+  inside.send("PASS secret", "NICK eve", "USER e 0 * :e");
+  await inside.wait(/ 366 eve /);
+  const plain = Buffer.from("\0eve\0secret").toString("base64");
+  halfway.send("CAP REQ sasl", "NICK eve", "USER e 0 * :e", "AUTHENTICATE PLAIN", `AUTHENTICATE ${plain}`);
+  await halfway.wait(/ 903 /);
+  const eve = server.accounts.find("eve");
+  assert.ok(eve);
+  server.accounts.barred.add("eve");
+  server.kick(eve, "out");
+  assert.deepEqual([inside.ended, halfway.ended], [true, true]);
+  assert.equal(eve.sessions.size, 0);
+});
+
 // ---- Limits, and who goes over them
 
 test("there are only so many who have not logged in", () => {
@@ -330,14 +360,19 @@ test("a server that is told to stop while all talk delivers each line that it ha
   const people = await Promise.all(
     Array.from({ length: count }, (_, at) => enter(t, server.port, `n${at}`, "echo-message")),
   );
+  const closed = people.map((person) => person.closed.catch(() => {})); // or a write came too late
   let number = 0;
-  const talk = setInterval(() => people.forEach((one, at) => one.send(`PRIVMSG #chat :from ${at} ${++number}`)), 1);
+  const talk = setInterval(() => {
+    for (const [at, one] of people.entries()) {
+      if (!one.socket.readableEnded) one.send(`PRIVMSG #chat :from ${at} ${++number}`);
+    }
+  }, 1);
   t.after(() => clearInterval(talk));
   await people[0]?.wait(/from 39 4\d\d\d\r\n/);
   server.child.kill("SIGTERM");
   assert.equal(await server.ended, 0);
   clearInterval(talk);
-  await Promise.all(people.map(({ closed }) => closed));
+  await Promise.all(closed);
   const heard = people.map(({ all }) =>
     [...all.matchAll(/PRIVMSG #chat :(from \d+ \d+)\r\n/g)].map(([, text]) => text)
   );

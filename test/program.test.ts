@@ -109,6 +109,8 @@ test("wrong usage is told with what is nearest to it, and ends with 2", () => {
     [[], /^chat: serve or join\?\nchat: hint: chat help\n$/],
     [["sevre"], /there is no chat sevre\nchat: hint: did you mean chat serve\?/],
     [["serve", "--romm", "x"], /chat serve has no option --romm\nchat: hint: did you mean --room\?/],
+    [["constructor"], /there is no chat constructor\n/],
+    [["serve", "--constructor"], /chat serve has no option --constructor\n/],
     [["serve", "--history", "many"], /--history cannot be "many"\nchat: hint: --history N: /],
     [["serve", "--history"], /--history cannot be ""/],
     [["serve", "--history=-1"], /--history cannot be "-1"/],
