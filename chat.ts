@@ -2728,7 +2728,7 @@ class Client {
       link.authenticate(String(message));
       const line = await link.next("AUTHENTICATE", "904");
       if (line.command === "904") { // not because of the password
-        const why = said(line).replace(/^.*: /, "");
+        const why = said(line).replace(/^.*: ./, (head) => head.slice(-1).toLowerCase());
         throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
       }
       const answer = fromBase64(line.params[0]).toString();
