@@ -812,7 +812,7 @@ export class Member implements Account {
   readonly pace: Pace = { until: 0 };
   present = false; // others see it; for LIMITS.lingerMs without a session too
   leftAt = now(); // when the last session ended
-  reachedAt = now(); // when it was surely there to read
+  reachedAt = now(); // until when it surely read: what was said since is told on return, rather twice than never
   realName = "";
   away = ""; // the message; empty if it is not away
   constructor(nick: string, verifier: Verifier) {
