@@ -39,6 +39,7 @@ export const LIMITS = Object.freeze({
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
   // Memory.
+  turnMs: 2, // of executing the lines of one session at a stretch, with others waiting
   inputBytes: 256 * 1024, // received from a session and not yet executed
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
   historyBytes: 64 * 1024 * 1024, // all logs together
@@ -50,6 +51,7 @@ export const LIMITS = Object.freeze({
   roomIdleMs: 600_000, // an empty room stays so long
   accounts: 10_000,
   instances: 8, // clients per account whose numbered lines are remembered
+  failures: 60, // lines in the log, per network and minute, on who did not get in
   // Guessing and hoarding. Attempts are counted before they are answered.
   newAccounts: 20, // per address and hour, loopback excepted
   wrongPasswords: 3, // per connection
@@ -257,12 +259,13 @@ function inLines(words: Iterable<string>, width = 380): string[] {
   return lines;
 }
 
+const NOTHING: Buffer = Buffer.alloc(0);
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** Splits a stream of bytes into lines that end with CR, LF or both. An endless line is told once and skipped. */
 export class Splitter {
   readonly #tagBytes: number;
-  #bytes: Buffer = Buffer.alloc(0);
+  #bytes = NOTHING;
   #skipping = false;
   /** `tagBytes` is what the tags of a line may take, "@" and the space included. */
   constructor(tagBytes: number = LIMITS.clientTagBytes) {
@@ -286,14 +289,17 @@ export class Splitter {
       const lf = searched.indexOf(10);
       const cr = (lf < 0 ? searched : searched.subarray(0, lf)).indexOf(13);
       const end = cr < 0 ? lf : cr;
-      if (end < 0 && !this.#skipping && this.#bytes.length <= most) return;
-      if (end < 0 && this.#skipping) return void (this.#bytes = Buffer.alloc(0));
+      if (end < 0 && (this.#skipping || this.#bytes.length <= most)) return this.#keep(this.#skipping);
       const [line, skipped] = [this.#bytes.subarray(0, Math.max(0, end)), this.#skipping];
       this.#skipping = end < 0;
       if (end < 0) return { fault: "too long" };
       this.#bytes = this.#bytes.subarray(end + 1);
       if (!skipped) return this.#decode(line);
     }
+  }
+  /** Keeps what is left, but not the runtime's large piece of memory that it may be a small part of. */
+  #keep(nothing: boolean): undefined {
+    this.#bytes = nothing || !this.#bytes.length ? NOTHING : Buffer.from(this.#bytes);
   }
   #decode(line: Buffer): { text: string } | { fault: "too long" | "not UTF-8" | "NUL" } {
     const tags = line[0] === 0x40 ? line.indexOf(32) + 1 || line.length : 0;
@@ -970,15 +976,19 @@ export class Session {
   run(): void {
     clearTimeout(this.#timer);
     const { rate } = this.server.options;
+    const began = performance.now();
     while (!this.closed) {
-      const ahead = Math.max(0, this.pace.until - performance.now()); // a burst is five seconds ahead
-      if (this.#busy || this.owed > LIMITS.owedBytes / 4 || ahead > 5000) {
-        if (ahead > 5000) this.#timer = setTimeout(() => this.run(), ahead - 5000);
+      const at = performance.now();
+      const ahead = Math.max(0, this.pace.until - at);
+      const early = Math.max(0, ahead - 5000); // a burst is five seconds ahead
+      const late = at - began > LIMITS.turnMs;
+      if (this.#busy || this.owed > LIMITS.owedBytes / 4 || early || late) {
+        if (early || late) this.#timer = setTimeout(() => this.run(), early);
         return this.#peer.read(false);
       }
       const split = this.#splitter.next();
       if (!split) return this.#peer.read(true);
-      this.pace.until = performance.now() + ahead + (rate && 1000 / rate);
+      this.pace.until = at + ahead + (rate && 1000 / rate);
       void this.#execute(split);
     }
   }
@@ -1117,6 +1127,7 @@ export class Server {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
   #batches = 0;
+  readonly #failures = new Counter(60_000);
   constructor(options: ServerOptions = {}) {
     const { log = DEFAULTS.log } = options;
     this.options = { ...DEFAULTS, ...options, log: (line) => log(clean(cut(line, 1000))) }; // a terminal may show it
@@ -1282,10 +1293,12 @@ export class Server {
   }
   /** Somebody was not let in; too many wrong passwords end the connection. */
   refuse(session: Session, nick: string, why: Refusal): void {
-    if (why !== "unknown") {
-      this.options.log(`${nick} was refused from ${session.address}: ${REFUSALS[why].toLowerCase()}`);
-    }
+    if (why !== "unknown") this.failed(session.address, `${nick} was refused`, REFUSALS[why].toLowerCase());
     if (why === "wrong" && ++session.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
+  }
+  /** Logs what a stranger did not manage, unless its network fills the log with that. */
+  failed(address: string, what: string, why: string): void {
+    if (this.#failures.take(networkOf(address), LIMITS.failures)) this.options.log(`${what} from ${address}: ${why}`);
   }
   #letIn(session: Session, member: Member): void {
     const since = { time: member.reachedAt - 1 };
@@ -1962,10 +1975,11 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   const { key, cert } = identity;
   const { handshakeMs: handshakeTimeout, stopMs } = LIMITS;
   const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout } as const;
+  const certificate = new crypto.X509Certificate(cert);
   const listener = tls.createServer(settings, (socket) => {
     sockets.add(socket);
     socket.on("close", () => sockets.delete(socket));
-    attach(server, socket, new crypto.X509Certificate(cert));
+    attach(server, socket, certificate);
   });
   const knocking = new Map<string, number>(); // connections of each network, those without TLS among them
   listener.on("connection", (socket: tls.TLSSocket) => {
@@ -1982,7 +1996,7 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   listener.maxConnections = server.options.maxClients + LIMITS.strangers;
   listener.on("tlsClientError", ({ message }, socket) => {
     const [, what] = HANDSHAKE_PROBLEMS.find(([pattern]) => pattern.test(message)) ?? [];
-    if (socket.remoteAddress) server.options.log(`no TLS with ${socket.remoteAddress}: ${what ?? "it hung up"}`);
+    if (socket.remoteAddress) server.failed(socket.remoteAddress, "no TLS", what ?? "it hung up");
     socket.destroy();
   });
   await new Promise<void>((resolve, reject) => {

@@ -184,6 +184,19 @@ test("guessing is slow: after ten tries from one address there are no more for i
   assert.equal(typeof await all.login("ana", "right", home), "object", "the owner is not locked out");
 });
 
+test("an address that tries many accounts is told to wait, whichever it tries", async (t) => {
+  quickScrypt(t);
+  const { all } = await accounts();
+  const verifier = chat.verifierOf(await chat.deriveKeys("x"));
+  const each = chat.LIMITS.triesPerAccount - 1;
+  for (let at = 0; at <= chat.LIMITS.triesPerAddress; at++) {
+    const nick = `n${Math.floor(at / each)}`;
+    await all.register(nick, { ...verifier, storedKey: Buffer.alloc(32, 1) }, "127.0.0.1");
+    const result = await all.login(nick, "wrong", "10.0.0.2");
+    assert.equal(result, at < chat.LIMITS.triesPerAddress ? "wrong" : "often");
+  }
+});
+
 test("strangers all over the world cannot lock the owner out", async (t) => {
   const { all, home } = await accounts();
   quickScrypt(t);

@@ -231,13 +231,105 @@ test("there are only so many who have not logged in", () => {
   for (const wire of wires) wire.session.close("The test is over");
 });
 
-test("who is connected and shakes no hands is let go", async (t) => {
+test("who shakes hands a byte at a time, or not at all, is let go", async (t) => {
   const { port } = await serveHere(t);
-  const socket = net.connect(port, "127.0.0.1");
-  t.after(() => socket.destroy());
+  const hello = Buffer.from("1603010200010001fc0303".padEnd(1000, "0"), "hex");
   const began = Date.now();
-  await new Promise((closed) => socket.on("error", () => {}).on("close", closed));
+  await Promise.all([0, 1].map(async (bytes) => {
+    const socket = net.connect(port, "127.0.0.1");
+    let sent = 0;
+    const drip = setInterval(() => socket.write(hello.subarray(sent, sent += bytes)), 100);
+    t.after(() => socket.destroy());
+    await new Promise((closed) => socket.on("error", () => {}).on("close", closed));
+    clearInterval(drip);
+  }));
   assert.ok(Date.now() - began > LIMITS.handshakeMs - 1000);
+});
+
+test("who logs in by a byte a second has five minutes for it", (t) => {
+  t.mock.timers.enable({ apis: ["Date"] });
+  const server = new chat.Server();
+  const wire = new Wire(server, true);
+  const seconds = LIMITS.strangerMs / 1000;
+  for (let second = 0; second <= seconds + 1; second++) {
+    assert.equal(wire.ended, second > seconds, `after ${second} seconds`);
+    t.mock.timers.tick(1000);
+    wire.session.receive(Buffer.from("x"));
+    server.sweep();
+  }
+});
+
+test("a network has twice as many sockets, TLS or not, as it may have connections", async (t) => {
+  const { port } = await serveHere(t, { perAddress: 2 });
+  const sockets = Array.from({ length: 5 }, () => net.connect(port, "127.0.0.1"));
+  const closed = sockets.map((socket) =>
+    new Promise((gone) => socket.resume().on("error", () => {}).on("close", () => gone(socket)))
+  );
+  assert.equal(await Promise.race(closed), sockets[4]);
+  for (const socket of sockets) socket.destroy();
+  await Promise.all(closed);
+  const later = await enter(t, port, "ana");
+  await later.sync();
+});
+
+test("one whose lines come without end, and without a limit on the rate, takes turns with the others", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const [busy, other] = [new Wire(server, true), new Wire(server, true)];
+  const count = 20_000;
+  busy.session.receive(Buffer.from("PING x\r\n".repeat(count)));
+  other.send("PING y");
+  await other.wait(/PONG chat\.server y\r\n/);
+  const answers = () => busy.out.split("PONG").length - 1;
+  assert.ok(answers() < count, "the other had to wait for all of them");
+  while (answers() < count) await turn();
+});
+
+test("of private messages to the absent so many are told on return, and the latest of them", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const [ana, bo] = [new Wire(server, true), new Wire(server, true)];
+  for (const [nick, wire] of [["ana", ana], ["bo", bo]] as const) {
+    wire.send("PASS secret", `NICK ${nick}`, "USER x 0 * :x");
+    await wire.wait(new RegExp(` 366 ${nick} `));
+  }
+  bo.send("QUIT");
+  for (let at = 1; at <= LIMITS.missed + 5; at++) ana.send(`PRIVMSG bo :${at}`);
+  const again = new Wire(server, true);
+  again.send("PASS secret", "NICK bo", "USER x 0 * :x");
+  await again.wait(new RegExp(`PRIVMSG bo :${LIMITS.missed + 5}\r\n`));
+  const told = [...again.out.matchAll(/PRIVMSG bo :(\d+)\r\n/g)].map(([, number]) => Number(number));
+  assert.deepEqual(told, Array.from({ length: LIMITS.missed }, (_, at) => at + 6));
+});
+
+test("the numbered lines of so many clients are remembered", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const ana = new Wire(server, true);
+  ana.send("CAP REQ message-tags", "PASS secret", "NICK ana", "USER x 0 * :x", "CAP END");
+  await ana.wait(/ 366 ana /);
+  for (let at = 0; at <= LIMITS.instances; at++) ana.send(`@chat.local/once=client${at}-1 PING x`);
+  const done = server.accounts.find("ana")?.done;
+  assert.deepEqual([done?.size, done?.has("client0"), done?.has("client1")], [LIMITS.instances, false, true]);
+});
+
+test("the log tells of so many failures of a network in a minute, and of those of others still", () => {
+  const log: string[] = [];
+  const server = new chat.Server({ log: (text) => log.push(text) });
+  for (let at = 0; at < LIMITS.failures + 5; at++) server.failed("10.0.0.1", "no TLS", "it hung up");
+  assert.equal(log.length, LIMITS.failures);
+  server.failed("10.0.0.2", "no TLS", "it hung up");
+  assert.equal(log.at(-1), "no TLS from 10.0.0.2: it hung up");
+});
+
+test("a server that stops does not wait for those who read nothing", async (t) => {
+  const { port, server, stop } = await serveHere(t);
+  const [ana, bo] = [await enter(t, port, "ana"), await enter(t, port, "bo")];
+  sleep(ana);
+  const owed = () => Math.max(...[...server.sessions].map((session) => session.owed));
+  for (let at = 0; owed() < LIMITS.owedBytes / 4; at++) {
+    bo.send(`PRIVMSG #chat :${"x".repeat(400)}`);
+    if (at % 100 === 0) await bo.sync();
+  }
+  await stop("The server is stopping");
+  await bo.wait(/ERROR :The server is stopping\r\n/);
 });
 
 for (const runtime of ["binary", "deno"] as const) {

@@ -82,6 +82,9 @@ async function sits(
   assert.doesNotMatch(server.err.all, /error/);
 }
 
+/** irssi takes fast typing for a paste and asks whether it is meant; a setting tells it not to. */
+const TYPED = `"fe-text" = { paste_verify_line_count = "0"; };`;
+
 for (const road of ["PASS", "SASL PLAIN"] as const) {
   test(`irssi sits in the room, by ${road}`, wants("tmux", "irssi"), async (t) => {
     const all = await room(t);
@@ -100,7 +103,8 @@ for (const road of ["PASS", "SASL PLAIN"] as const) {
         autoconnect = "yes"; ${road === "PASS" ? 'password = "secret";' : ""} } );
       chatnets = { chat = { type = "IRC"; nick = "iris"; cmdmax = "100"; cmdspeed = "0"; ${login} }; };
       settings = { "irc/core" = { cmds_max_at_once = "100"; cmd_queue_speed = "1msec"; };
-        "fe-common/core" = { autocreate_own_query = "no"; autocreate_query_level = "NONE"; }; };`,
+        "fe-common/core" = { autocreate_own_query = "no"; autocreate_query_level = "NONE"; };
+        ${TYPED} };`,
     );
     assert.ok(pin);
     const irssi = new Terminal(t, ["irssi", `--home=${home}`], { columns: 100, rows: 40 });
@@ -144,7 +148,8 @@ test(
       path.join(home, "config"),
       `
     servers = ( { address = "127.0.0.1"; port = "${server.port}"; use_tls = "yes"; tls_verify = "no"; } );
-    settings = { server = { server_reconnect_time = "1sec"; server_connect_timeout = "10sec"; }; };`,
+    settings = { server = { server_reconnect_time = "1sec"; server_connect_timeout = "10sec"; };
+      ${TYPED} };`,
     );
     const irssi = new Terminal(t, connect, { columns: 100 });
     await bo.wait(/:iris!iris@chat JOIN/);
@@ -217,15 +222,15 @@ test("nothing older than TLS 1.3 is taken, and the log says what came instead", 
   const server = await serveProcess(t);
   const at = `127.0.0.1:${server.port}`;
   await new Running(t, ["openssl", "s_client", "-tls1_2", "-connect", at]).ended;
-  await server.err.wait(/no TLS with 127\.0\.0\.1: it does not know TLS 1\.3\n/);
+  await server.err.wait(/no TLS from 127\.0\.0\.1: it does not know TLS 1\.3\n/);
   const plain = net.connect(server.port, "127.0.0.1");
   plain.on("error", () => {});
   plain.end("GET / HTTP/1.1\r\n\r\n");
-  await server.err.wait(/no TLS with 127\.0\.0\.1: that was HTTP\n/);
+  await server.err.wait(/no TLS from 127\.0\.0\.1: that was HTTP\n/);
   const garbage = net.connect(server.port, "127.0.0.1");
   garbage.on("error", () => {});
   garbage.end("NICK ana\r\nUSER ana 0 * :ana\r\n");
-  await server.err.wait(/no TLS with 127\.0\.0\.1: that was not TLS\n/);
+  await server.err.wait(/no TLS from 127\.0\.0\.1: that was not TLS\n/);
 });
 
 // ---- Our client elsewhere
