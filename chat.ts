@@ -39,7 +39,7 @@ export const LIMITS = Object.freeze({
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
   // Memory.
-  turnMs: 2, // of executing the lines of one session at a stretch, with others waiting
+  turnMs: 0.5, // of executing lines of one session; then it is the others' turn
   inputBytes: 256 * 1024, // received from a session and not yet executed
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
   historyBytes: 64 * 1024 * 1024, // all logs together
@@ -898,7 +898,8 @@ const FORM = 15;
 
 /** Where something comes from. Members have no address here, and only the server's name has a dot. */
 const source = (nick: string) => nick === SERVER ? SERVER : `${nick}!${nick}@chat`;
-const toBytes = (body: string, tags: readonly Tag[] = []) => Buffer.from(`${format(body, [], "", tags)}\r\n`);
+const toLine = (body: string, tags: readonly Tag[] = []) => `${format(body, [], "", tags)}\r\n`;
+const toBytes = (body: string, tags?: readonly Tag[]) => Buffer.from(toLine(body, tags));
 
 /** The form that an event takes for sessions with these capabilities. */
 function encode({ kind, nick, target, text, ...event }: Event, caps: number): { body: string; tags: Tag[] } {
@@ -940,9 +941,9 @@ export class Session {
   readonly #splitter = new Splitter();
   #queue: Buffer[] = []; // what it is owed; others may be owed the same buffers
   #queued = 0;
+  #said = ""; // the answers that come after those; they will be written in this turn
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
-  #saying = false; // the queue will be written in this turn
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
   #answers: { body: string; tags: readonly Tag[] }[] | undefined; // these answers, if they must
@@ -959,7 +960,7 @@ export class Session {
     return this.member?.nick || this.wish || "*";
   }
   get owed(): number {
-    return this.#queued + this.#peer.pending();
+    return this.#queued + this.#said.length + this.#peer.pending();
   }
 
   /** Takes bytes from the peer. */
@@ -969,12 +970,15 @@ export class Session {
     this.asked = false;
     this.#splitter.push(chunk);
     if (this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood");
-    else this.run();
+    else this.#goOn();
   }
-
+  /** Executes lines, unless they wait for their time to come. */
+  #goOn(): void {
+    if (!this.#timer) this.#run();
+  }
   /** Executes the lines that are there, until one has to wait; then nothing more is read meanwhile. */
-  run(): void {
-    clearTimeout(this.#timer);
+  #run(): void {
+    this.#timer = undefined;
     const { rate } = this.server.options;
     const began = performance.now();
     while (!this.closed) {
@@ -983,7 +987,7 @@ export class Session {
       const early = Math.max(0, ahead - 5000); // a burst is five seconds ahead
       const late = at - began > LIMITS.turnMs;
       if (this.#busy || this.owed > LIMITS.owedBytes / 4 || early || late) {
-        if (early || late) this.#timer = setTimeout(() => this.run(), early);
+        if (early || late) this.#timer = setTimeout(() => this.#run(), early || 1);
         return this.#peer.read(false);
       }
       const split = this.#splitter.next();
@@ -1016,7 +1020,7 @@ export class Session {
     }
     if (!this.#busy) return;
     this.#busy = false;
-    this.run();
+    this.#goOn();
   }
 
   /** Sends the answers to a labelled line: none is an ACK, one carries the label, several are a batch that does. */
@@ -1032,7 +1036,7 @@ export class Session {
       this.#answers = undefined;
     }
     for (const { body, tags } of answers) {
-      this.#say(toBytes(body, [...label, ...tags]));
+      this.#say(body, [...label, ...tags]);
       label = [];
     }
   }
@@ -1041,7 +1045,7 @@ export class Session {
   answer(line: string, tags: readonly Tag[] = []): void {
     const body = cut(line, LIMITS.bodyBytes - 2);
     if (this.#answers) this.#answers.push({ body, tags });
-    else this.#say(toBytes(body, tags));
+    else this.#say(body, tags);
   }
   reply(command: string, ...params: readonly string[]): void {
     this.answer(format(command, params, SERVER));
@@ -1063,40 +1067,46 @@ export class Session {
 
   /** Sends what others say; who lets too much of it pile up goes. */
   send(bytes: Buffer): void {
-    this.#push(bytes);
+    if (this.closed) return;
+    if (this.#said) this.#queueAnswers();
+    if (this.#queue.push(bytes) === 1) this.server.owes(this);
+    this.#queued += bytes.length;
     if (this.#blocked && this.owed > LIMITS.owedBytes) setImmediate(() => this.close("Not reading", true));
   }
   /** Sends an answer: it is written in this turn of the event loop, and so is what waited before it. */
-  #say(bytes: Buffer): void {
-    this.#push(bytes);
-    if (!this.#saying) setImmediate(() => (this.#saying = false, this.flush()));
-    this.#saying = true;
-  }
-  #push(bytes: Buffer): void {
+  #say(body: string, tags: readonly Tag[] = []): void {
     if (this.closed) return;
-    if (this.#queue.push(bytes) === 1) this.server.owes(this);
+    if (!this.#said) setImmediate(() => this.flush());
+    this.#said += toLine(body, tags);
+  }
+  #queueAnswers(): void {
+    const bytes = Buffer.from(this.#said);
+    this.#said = "";
+    this.#queue.push(bytes);
     this.#queued += bytes.length;
   }
   /** Writes what it is owed, unless its peer is not ready for it. */
   flush(): void {
-    if (this.#blocked || this.#queue.length === 0) return;
+    if (this.#blocked) return;
+    if (this.#said) this.#queueAnswers();
+    if (this.#queue.length === 0) return;
     const bytes = this.server.joined(this.#queue);
     this.#queue = [];
     this.#queued = 0;
     this.#blocked = !this.#peer.write(bytes);
-    if (!this.#blocked && this.#splitter.size > 0) this.run(); // its lines may have waited for this
+    if (!this.#blocked && this.#splitter.size > 0) this.#goOn(); // its lines may have waited for this
   }
   /** The peer is ready for more. */
   drained(): void {
     this.#blocked = false;
     this.flush();
-    this.run();
+    this.#goOn();
   }
 
   /** Closes the connection and says why; `atOnce` if that would not be read either. */
   close(reason: string, atOnce = false): void {
     if (this.closed) return;
-    this.#push(toBytes(format("ERROR", [reason])));
+    this.#say(format("ERROR", [reason]));
     this.lost(reason, true);
     this.#blocked = false;
     this.flush();
