@@ -12,7 +12,7 @@ import { makeIdentity, serve, type ServerOptions, type Serving } from "../chat.t
 
 export const ROOT = path.join(import.meta.dirname, "..");
 export const BINARY = path.join(ROOT, "dist", process.platform === "win32" ? "chat.exe" : "chat");
-export const WAIT_MS = 15_000;
+export const WAIT_MS = 30_000;
 
 /** Where a program of the system is; undefined if it is not there. */
 export function which(program: string): string | undefined {

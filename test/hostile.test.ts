@@ -410,6 +410,9 @@ const GONE: readonly ((t: TestContext, port: number) => Promise<unknown>)[] = [
     irc.socket.end();
     await irc.closed;
   },
+  (t, port) => interfered(t, port, (wire) => wire.write("this is no TLS record")),
+  (t, port) => interfered(t, port, (wire) => wire.write("\x17\x03\x03\x00\x10" + "x".repeat(16), "latin1")), // a forged one
+  (t, port) => interfered(t, port, (wire) => wire.resetAndDestroy()),
   async (t, port) => {
     const irc = await dial(t, port);
     irc.send("CAP REQ sasl", "AUTHENTICATE SCRAM-SCRYPT-PLUS");
@@ -417,6 +420,26 @@ const GONE: readonly ((t: TestContext, port: number) => Promise<unknown>)[] = [
     irc.socket.destroy();
   },
 ];
+
+/** Connects by way of somebody who does something to the connection when there is TLS on it. */
+async function interfered(t: TestContext, port: number, harm: (wire: net.Socket) => void): Promise<void> {
+  const wires: net.Socket[] = [];
+  const middle = net.createServer((near) => {
+    const far = net.connect(port, "127.0.0.1");
+    wires.push(far);
+    for (const [one, other] of [[near, far], [far, near]] as const) {
+      one.on("error", () => {}).on("data", (chunk) => other.write(chunk)).on("close", () => other.destroy());
+    }
+  });
+  await new Promise<void>((up) => middle.listen(0, "127.0.0.1", up));
+  const address = middle.address();
+  const irc = await dial(t, typeof address === "object" && address ? address.port : 0);
+  irc.send("NICK half", "PING x");
+  await irc.wait(/PONG/);
+  for (const wire of wires) harm(wire);
+  await irc.closed.catch(() => {}); // by an alert
+  middle.close();
+}
 
 function raw(port: number, text: string, how: "destroy" | "end" | "reset"): Promise<unknown> {
   const socket = net.connect(port, "127.0.0.1", () => {
