@@ -5,7 +5,7 @@ import fs from "node:fs";
 import net from "node:net";
 import { mock, test, type TestContext } from "node:test";
 import * as chat from "../chat.ts";
-import { dial, enter, Irc, quickScrypt, serveHere, serveProcess } from "./helpers.ts";
+import { dial, enter, Irc, quickScrypt, serveHere, serveProcess, WAIT_MS } from "./helpers.ts";
 
 quickScrypt();
 const { LIMITS } = chat;
@@ -39,7 +39,10 @@ class Wire implements chat.Peer {
     this.session.receive(Buffer.from(lines.map((line) => `${line}\r\n`).join("")));
   }
   async wait(pattern: RegExp): Promise<void> {
-    while (!pattern.test(this.out)) await turn();
+    const late = performance.now() + WAIT_MS;
+    for (; !pattern.test(this.out); await turn()) {
+      if (performance.now() > late) throw new Error(`no ${pattern} in:\n${this.out.slice(-3000)}`);
+    }
   }
 }
 
@@ -114,6 +117,7 @@ test("whatever is sent, in whatever state: the server goes on, and a witness get
   const caps = "message-tags server-time account-tag batch away-notify extended-join cap-notify labeled-response";
   const [witness, friend] = [new Wire(server, true), new Wire(server)];
   witness.send(`CAP REQ :${caps}`, "PASS right", "NICK witness", "USER w 0 * :w", "CAP END");
+  await witness.wait(/ 366 witness /); // else the friend may be there first
   friend.send("PASS right", "NICK friend", "USER f 0 * :f");
   await witness.wait(/friend!friend@chat JOIN/);
   witness.out = "";
@@ -137,6 +141,7 @@ test("whatever is sent, in whatever state: the server goes on, and a witness get
     peer.session.receive(bytes.subarray(middle));
     if (below(50)) continue;
     friend.send(`PRIVMSG #chat :number ${++said}`);
+    witness.send("PING x"); // who is not heard is lost
     await turn();
     if (!below(20)) server.sweep();
     if (witness.out.length < 1_000_000) continue;
