@@ -50,6 +50,13 @@ export function environment(more: Readonly<Record<string, string>> = {}): Record
   return { ...Object.fromEntries(kept) as Record<string, string>, ...more };
 }
 
+/** Lets the event loop turn until something holds, which no event tells. */
+export async function until(holds: () => boolean, otherwise: () => string, ms = WAIT_MS): Promise<void> {
+  for (const late = performance.now() + ms; !holds(); await new Promise(setImmediate)) {
+    if (performance.now() > late) throw new Error(otherwise());
+  }
+}
+
 /** Text that comes in pieces, and those who wait for something in it. */
 export class Text extends EventEmitter {
   all = "";

@@ -5,7 +5,7 @@ import fs from "node:fs";
 import net from "node:net";
 import { mock, test, type TestContext } from "node:test";
 import * as chat from "../chat.ts";
-import { dial, enter, Irc, quickScrypt, serveHere, serveProcess, WAIT_MS } from "./helpers.ts";
+import { dial, enter, Irc, quickScrypt, serveHere, serveProcess, until } from "./helpers.ts";
 
 quickScrypt();
 const { LIMITS } = chat;
@@ -38,11 +38,8 @@ class Wire implements chat.Peer {
   send(...lines: readonly string[]): void {
     this.session.receive(Buffer.from(lines.map((line) => `${line}\r\n`).join("")));
   }
-  async wait(pattern: RegExp): Promise<void> {
-    const late = performance.now() + WAIT_MS;
-    for (; !pattern.test(this.out); await turn()) {
-      if (performance.now() > late) throw new Error(`no ${pattern} in:\n${this.out.slice(-3000)}`);
-    }
+  wait(pattern: RegExp): Promise<void> {
+    return until(() => pattern.test(this.out), () => `no ${pattern} in:\n${this.out.slice(-3000)}`);
   }
 }
 
@@ -286,7 +283,7 @@ test("one whose lines come without end, and without a limit on the rate, takes t
   await other.wait(/PONG chat\.server y\r\n/);
   const answers = () => busy.out.split("PONG").length - 1;
   assert.ok(answers() < count, "the other had to wait for all of them");
-  while (answers() < count) await turn();
+  await until(() => answers() === count, () => `${answers()} answers`);
 });
 
 test("of private messages to the absent so many are told on return, and the latest of them", async () => {

@@ -4,7 +4,7 @@ import { once } from "node:events";
 import net from "node:net";
 import { test, type TestContext } from "node:test";
 import { type Event, join, type Screen, type Server } from "../chat.ts";
-import { enter, joinProcess, type Running, serveHere } from "./helpers.ts";
+import { enter, joinProcess, type Running, serveHere, until } from "./helpers.ts";
 
 /** Numbers from 0 up to 1, the same in each run. */
 function dice(seed: number): () => number {
@@ -172,7 +172,7 @@ test("that is so with private messages, also when both sides are cut", async (t)
     })
   );
   for (const person of people) {
-    while (!person.shown.some((line) => /^Welcome/.test(line))) await new Promise(setImmediate);
+    await until(() => person.shown.some((line) => /^Welcome/.test(line)), () => person.shown.join("\n"));
   }
   const [ana, bo] = people;
   assert.ok(ana && bo);
@@ -185,9 +185,11 @@ test("that is so with private messages, also when both sides are cut", async (t)
   const heard = ([person, from, to]: readonly [Person, string, string]) =>
     person.shown.filter((line) => line.includes(` ${from} > ${to} `)).map((line) => line.split(` > ${to} `)[1]);
   const views = [[ana, "bo", "ana"], [bo, "ana", "bo"], [ana, "ana", "bo"], [bo, "bo", "ana"]] as const;
-  while (views.some((view) => heard(view).length < LINES.length)) {
-    await new Promise((tick) => setTimeout(tick, 20));
-  }
+  await until(
+    () => views.every((view) => heard(view).length >= LINES.length),
+    () => views.map((view) => `${view[1]} > ${view[2]}: ${heard(view).length}`).join("\n"),
+    90_000,
+  );
   t.diagnostic(`${proxies.reduce((sum, proxy) => sum + proxy.cuts(), 0)} cuts`);
   assert.deepEqual(said(events, "ana", "bo"), LINES);
   assert.deepEqual(said(events, "bo", "ana"), LINES);

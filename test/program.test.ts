@@ -323,7 +323,7 @@ test("nobody who hashes passwords stops the talk: a hundred register while two t
   const [ana, bo] = [await enter(t, server.port, "ana"), await enter(t, server.port, "bo")];
   const crowd = Array.from({ length: 100 }, (_, at) => enter(t, server.port, `n${at}`));
   let said = 0;
-  const done = Promise.all(crowd).then(() => said = -said);
+  const done = Promise.all(crowd).finally(() => said = -said);
   while (said >= 0) {
     ana.send(`PRIVMSG #chat :number ${++said}.`);
     await bo.wait(new RegExp(`PRIVMSG #chat :number ${said}\\.\r\n`));
