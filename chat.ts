@@ -843,8 +843,9 @@ interface Pace {
 /* =====================================================================================================================
  * Server
  * A session is handed bytes and a peer to send bytes to; nothing here knows of sockets but `serve`, at the end. Each
- * line runs its row in the table of commands. What a session is owed gathers in its queue and is written once per turn
- * of the event loop. An event is encoded once for all sessions with the same capabilities, who share the bytes.
+ * line runs its row in the table of commands. An event is encoded once for all sessions with the same capabilities, who
+ * share the bytes. What a session is owed gathers in its queue: answers are written in the same turn of the event loop,
+ * what others say waits for company, up to 50 ms where many read, since a write costs more than what is in it.
  * ================================================================================================================== */
 
 /** The other end of a session's connection. */
