@@ -157,12 +157,14 @@ function executable(platform, program) {
     executable: node,
     disableExperimentalSEAWarning: true,
     useCodeCache: platform === HOST, // a code cache fits one platform only
-    // A young generation of 1 MiB: as fast, and without the 16 MiB that it grows to otherwise.
+    // A young generation of 1 MiB, and no middle tier of compilation: as fast, and a server of 1,000 members takes
+    // 45 MiB less for the one and 6 MiB less for the other.
     execArgv: [
       "--permission",
       "--allow-net",
       "--disable-warning=ExperimentalWarning",
       "--max-semi-space-size=1",
+      "--no-maglev",
     ],
     execArgvExtension: "none", // NODE_OPTIONS must not loosen the permissions again
   };

@@ -42,6 +42,8 @@ export const LIMITS = Object.freeze({
   turnMs: 0.5, // of executing lines of one session; then it is the others' turn
   inputBytes: 256 * 1024, // received from a session and not yet executed
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
+  pieceBytes: 1000, // written at once to a newcomer: TLS keeps room for the largest write, which is the greeting,
+  newcomerBytes: 32 * 1024, // and that is who was not written so many yet
   historyBytes: 64 * 1024 * 1024, // all logs together
   presence: 200, // joins, parts and topics kept in a log
   chathistory: 100, // events read by one CHATHISTORY
@@ -942,6 +944,7 @@ export class Session {
   readonly #splitter = new Splitter();
   #queue: Buffer[] = []; // what it is owed; others may be owed the same buffers
   #queued = 0;
+  #written = 0;
   #said = ""; // the answers that come after those; they will be written in this turn
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
@@ -1091,10 +1094,15 @@ export class Session {
     if (this.#blocked) return;
     if (this.#said) this.#queueAnswers();
     if (this.#queue.length === 0) return;
-    const bytes = this.server.joined(this.#queue);
-    this.#queue = [];
-    this.#queued = 0;
+    const all = this.server.joined(this.#queue);
+    const newcomer = this.#written < LIMITS.newcomerBytes && !this.closed;
+    const bytes = newcomer ? all.subarray(0, LIMITS.pieceBytes) : all;
+    const rest = all.subarray(bytes.length);
+    this.#queue = rest.length ? [rest] : [];
+    this.#queued = rest.length;
+    this.#written += bytes.length;
     this.#blocked = !this.#peer.write(bytes);
+    if (rest.length) setImmediate(() => this.flush());
     if (!this.#blocked && this.#splitter.size > 0) this.#goOn(); // its lines may have waited for this
   }
   /** The peer is ready for more. */

@@ -1,17 +1,19 @@
 // The benchmark: a server as its own process on one core, driven from this process on another, over TLS, with real
 // logins. Measured from outside: /proc tells processor time and memory (Linux), the clients count every delivery.
 //
-//   npm run bench -- [--svg FILE] [--only WORD] [--seconds N] [--server ours|node|deno|ngircd]
+//   npm run bench -- [--svg FILE] [--only WORD] [--seconds N] [--server ours|node|deno|ngircd|bare]
 //   npm run bench -- --soak MINUTES [--svg FILE]
 import { type ChildProcess, spawn } from "node:child_process";
 import crypto from "node:crypto";
 import { once } from "node:events";
 import fs from "node:fs";
+import net from "node:net";
 import os from "node:os";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import tls from "node:tls";
-import { deriveKeys, formatVerifier, type Keys, scramClient, selfSigned, verifierOf } from "../chat.ts";
+import { selfSigned } from "../chat.ts";
+import { logIn, register } from "./helpers.ts";
 
 const { values: OPTIONS } = parseArgs({
   options: {
@@ -21,6 +23,7 @@ const { values: OPTIONS } = parseArgs({
     server: { type: "string", multiple: true },
     soak: { type: "string" },
     driver: { type: "boolean", default: false },
+    witness: { type: "string" },
   },
 });
 const ROOT = path.join(import.meta.dirname, "..");
@@ -54,6 +57,10 @@ class Subject {
     return nanoseconds / 1000;
   }
 
+  get hasAccounts(): boolean {
+    return /^(chat|fair)/.test(this.name);
+  }
+
   /** Resident memory in KiB. */
   memory(): number {
     return Number(/VmRSS:\s*(\d+)/.exec(fs.readFileSync(`/proc/${this.child.pid}/status`, "utf8"))?.[1]);
@@ -69,60 +76,69 @@ const pinned = (command: readonly string[]) => ["taskset", "-c", SERVER_CORE, ..
 
 process.setMaxListeners(100);
 
-function start([file = "", ...args]: readonly string[]): ChildProcess {
-  const child = spawn(file, args, { stdio: ["ignore", "ignore", "pipe"] });
+function start([file = "", ...args]: readonly string[], env: Readonly<Record<string, string>> = {}): ChildProcess {
+  const child = spawn(file, args, { stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...env } });
   process.on("exit", () => child.kill("SIGKILL"));
   return child;
 }
 
-async function startOurs(name: string, command: readonly string[], rate = 0): Promise<Subject> {
-  const child = start(
-    pinned([
-      ...command,
-      "serve",
-      "127.0.0.1:0",
-      "--rate",
-      String(rate),
-      "--max-clients",
-      "10000",
-      "--per-address",
-      "10000",
-    ]),
-  );
+/** A server that tells its port as `serve` does. */
+async function telling(name: string, child: ChildProcess): Promise<Subject> {
   let told = "";
   child.stderr?.setEncoding("utf8").on("data", (text: string) => told += told.length < 10_000 ? text : "");
   while (!/join \S+:(\d+)\//.test(told)) await once(child.stderr ?? child, "data");
   return new Subject(name, Number(/join \S+:(\d+)\//.exec(told)?.[1]), child);
 }
 
+function startOurs(name: string, command: readonly string[], rate = 0): Promise<Subject> {
+  const options = ["--rate", String(rate), "--max-clients", "10000", "--per-address", "10000"];
+  return telling(name, start(pinned([...command, "serve", "127.0.0.1:0", ...options])));
+}
+
+function makeCertificate(): { key: string; cert: string } {
+  const { privateKey } = crypto.generateKeyPairSync("ec", { namedCurve: "P-256" });
+  return { key: privateKey.export({ type: "pkcs8", format: "pem" }).toString(), cert: selfSigned(privateKey) };
+}
+
+/** What a TLS server on this runtime costs that does nothing at all. */
+function startBare(): Promise<Subject> {
+  const program = `const { KEY: key, CERT: cert } = process.env;
+    const server = require("node:tls").createServer({ key, cert, minVersion: "TLSv1.3" }, (socket) =>
+      socket.on("data", (bytes) => socket.write(bytes)).on("error", () => {}));
+    server.listen(0, "127.0.0.1", () => console.error("join x:" + server.address().port + "/"))`;
+  const { key: KEY, cert: CERT } = makeCertificate();
+  const flags = ["--max-semi-space-size=1", "--no-maglev"];
+  return telling("bare TLS", start(pinned([process.execPath, ...flags, "-e", program]), { KEY, CERT }));
+}
+
 async function startNgircd(): Promise<Subject> {
   const home = fs.mkdtempSync(path.join(os.tmpdir(), "chat-bench-"));
   process.on("exit", () => fs.rmSync(home, { recursive: true, force: true }));
   fs.chmodSync(home, 0o755);
-  const { privateKey } = crypto.generateKeyPairSync("ec", { namedCurve: "P-256" });
-  fs.writeFileSync(path.join(home, "key.pem"), privateKey.export({ type: "pkcs8", format: "pem" }), { mode: 0o644 });
-  fs.writeFileSync(path.join(home, "cert.pem"), selfSigned(privateKey));
+  const { key, cert } = makeCertificate();
+  fs.writeFileSync(path.join(home, "key.pem"), key);
+  fs.writeFileSync(path.join(home, "cert.pem"), cert);
   const port = 20_000 + crypto.randomInt(20_000);
-  const lines = ["[Global]", "Name = irc.example.net", "Info = Benchmark", "Listen = 127.0.0.1", "Ports ="];
-  lines.push(
-    "[Limits]",
-    "MaxConnections = 0",
-    "MaxConnectionsIP = 0",
-    "MaxPenaltyTime = 0",
-    "PingTimeout = 600",
-    "MaxJoins = 0",
-  );
-  lines.push(
-    "[Options]",
-    "DNS = no",
-    "Ident = no",
-    "PAM = no",
-    "[SSL]",
-    `CertFile = ${home}/cert.pem`,
-    `KeyFile = ${home}/key.pem`,
-    `Ports = ${port}`,
-  );
-  fs.writeFileSync(path.join(home, "ngircd.conf"), lines.join("\n"));
+  const config = `[Global]
+    Name = irc.example.net
+    Info = Benchmark
+    Listen = 127.0.0.1
+    Ports =
+    [Limits]
+    MaxConnections = 0
+    MaxConnectionsIP = 0
+    MaxPenaltyTime = 0
+    PingTimeout = 600
+    MaxJoins = 0
+    [Options]
+    DNS = no
+    Ident = no
+    PAM = no
+    [SSL]
+    CertFile = ${home}/cert.pem
+    KeyFile = ${home}/key.pem
+    Ports = ${port}`;
+  fs.writeFileSync(path.join(home, "ngircd.conf"), config);
   const child = start(pinned(["/usr/sbin/ngircd", "-n", "-f", path.join(home, "ngircd.conf")]));
   for (let up = false; !up;) {
     await new Promise((later) => setTimeout(later, 100));
@@ -148,15 +164,12 @@ const SUBJECTS: Readonly<Record<string, () => Promise<Subject>>> = {
       path.join(ROOT, "chat.ts"),
     ]),
   ngircd: startNgircd,
+  bare: startBare,
   /** With the limit on the rate that people have: its cases are the ones about floods. */
   fair: () => startOurs("fair", [path.join(ROOT, "dist", "chat")], 10),
 };
 
 // ---- Members
-
-/** One password and one salt for all accounts, so that the driver does the scrypt once. */
-let keys: Promise<Keys> | undefined;
-const b64 = (text: string) => Buffer.from(text).toString("base64");
 
 class Member {
   readonly nick: string;
@@ -173,7 +186,7 @@ class Member {
     this.socket = socket;
     socket.setNoDelay(true);
     socket.on("data", (chunk: Buffer) => this.onText(chunk.toString("latin1")));
-    socket.on("error", () => {});
+    socket.on("error", () => {}).on("close", () => this.#wake());
   }
 
   send(...lines: readonly string[]): void {
@@ -188,26 +201,21 @@ class Member {
         return found;
       }
       if (this.socket.destroyed) throw new Error(`${this.nick} was closed: ${this.#pending.slice(-300)}`);
-      await new Promise<void>((wake) => {
-        this.#wake = wake;
-        this.socket.once("close", wake);
-      });
+      await new Promise<void>((wake) => this.#wake = wake);
     }
   }
 }
 
-async function dial(subject: Subject, nick: string): Promise<Member> {
+async function dial(subject: { readonly port: number }, nick: string): Promise<Member> {
   const socket = tls.connect({ host: "127.0.0.1", port: subject.port, rejectUnauthorized: false });
   await once(socket, "secureConnect");
   return new Member(nick, socket);
 }
 
-/** Makes an account: REGISTER with a verifier, without entering. */
-async function register(subject: Subject, nick: string): Promise<void> {
-  const made = await (keys ??= deriveKeys("secret"));
+/** Makes an account, without entering. */
+async function enlist(subject: { readonly port: number }, nick: string): Promise<void> {
   const member = await dial(subject, nick);
-  member.send("CAP LS 302", `NICK ${nick}`, `REGISTER * * ${formatVerifier(verifierOf(made))}`);
-  await member.wait(/REGISTER SUCCESS/);
+  await register(member, nick);
   member.socket.destroy();
 }
 
@@ -216,22 +224,11 @@ async function enter(subject: Subject, nick: string): Promise<Member> {
   const member = await dial(subject, nick);
   if (subject.name === "ngircd") {
     member.send(`NICK ${nick}`, `USER ${nick} 0 * :${nick}`, "JOIN #chat");
-  } else {
-    const binding = crypto.createHash("sha256").update(member.socket.getPeerX509Certificate()?.raw ?? "").digest();
-    const scram = scramClient(nick, () => keys as Promise<Keys>, binding);
-    member.send("CAP REQ sasl", `NICK ${nick}`, `USER ${nick} 0 * :${nick}`, "AUTHENTICATE SCRAM-SCRYPT-PLUS");
-    await member.wait(/AUTHENTICATE \+\r\n/);
-    let message = String((await scram.next()).value);
-    for (let done = false; !done;) {
-      member.send(`AUTHENTICATE ${b64(message)}`);
-      const [, answer = ""] = await member.wait(/AUTHENTICATE (\S+)\r\n/);
-      const step = await scram.next(Buffer.from(answer, "base64").toString());
-      done = step.done === true;
-      message = String(step.value);
-    }
-    member.send("AUTHENTICATE +", "CAP END");
-  }
-  await member.wait(/ 366 \S+ #chat /);
+    await member.wait(/ 366 \S+ #chat /);
+  } else if (subject.name === "bare TLS") {
+    member.send("a line of some length, as it is in a login");
+    await member.wait(/\n/);
+  } else await logIn(member, nick);
   return member;
 }
 
@@ -251,7 +248,7 @@ async function each<T>(count: number, job: (at: number) => Promise<T>, atOnce = 
 const nickOf = (at: number) => `m${at}`;
 
 async function crowd(subject: Subject, count: number): Promise<Member[]> {
-  if (subject.name !== "ngircd") await each(count, (at) => register(subject, nickOf(at)));
+  if (subject.hasAccounts) await each(count, (at) => enlist(subject, nickOf(at)));
   return await each(count, (at) => enter(subject, nickOf(at)));
 }
 
@@ -386,49 +383,181 @@ async function talkCase(
   return figures;
 }
 
+/** Two members in a process of their own, whatever the driver is busy with: tells how long it takes from one to the other. */
+class Witness {
+  readonly #child: ChildProcess;
+
+  constructor(subject: Subject) {
+    const command = ["-c", DRIVER_CORE, process.execPath, import.meta.filename, "--witness", String(subject.port)];
+    this.#child = spawn("taskset", command, { stdio: ["ignore", "inherit", "inherit", "ipc"] });
+  }
+
+  /** The latencies since it was asked last, in milliseconds. */
+  async latencies(): Promise<number[]> {
+    this.#child.send("tell");
+    const [latencies] = await once(this.#child, "message");
+    return latencies.sort((one: number, other: number) => one - other);
+  }
+
+  stop(): void {
+    this.#child.disconnect();
+  }
+
+  static async run(port: number): Promise<void> {
+    let latencies: number[] = [];
+    const [one, other] = await each(2, async (at) => {
+      await enlist({ port }, `witness${at}`);
+      const member = await dial({ port }, `witness${at}`);
+      await logIn(member, member.nick);
+      return member;
+    });
+    process.on("message", () => {
+      process.send?.(latencies);
+      latencies = [];
+    });
+    process.on("disconnect", () => process.exit());
+    for (;;) {
+      const sent = performance.now();
+      one?.send(`PRIVMSG witness1 :${sent}`);
+      await other?.wait(new RegExp(`:${sent}\r\n`));
+      latencies.push(performance.now() - sent);
+      await new Promise((later) => setTimeout(later, 20));
+    }
+  }
+}
+
+/** What somebody can do to a server; `share` of it for a warm-up. */
+type Harm = (subject: Subject, share: number) => Promise<unknown>;
+
+const HARMS: Readonly<Record<string, Harm>> = {
+  "10,000 connections dropped at every stage": (subject, share) =>
+    each(10_000 * share, async (at) => {
+      const stage = at % 5;
+      const socket = net.connect(subject.port, "127.0.0.1");
+      await once(socket, "connect");
+      if (stage === 1) socket.write("\x16\x03\x01\x02\x00\x01", "latin1"); // the beginning of a handshake
+      if (stage < 2) return socket.destroy();
+      const secure = tls.connect({ socket, rejectUnauthorized: false });
+      secure.on("error", () => {});
+      if (stage === 2) return setTimeout(() => socket.destroy(), 1); // in the middle of the handshake
+      await once(secure, "secureConnect");
+      if (stage === 4) secure.write("CAP LS 302\r\nNICK half");
+      return secure.destroy();
+    }),
+  "100 slow handshakes, 100 at a byte a second": async (subject, share) => {
+    const hello = Buffer.from("1603010200010001fc0303".padEnd(1000, "0"), "hex");
+    const sockets = Array.from(
+      { length: 200 },
+      (_, at) =>
+        at % 2
+          ? net.connect(subject.port, "127.0.0.1")
+          : tls.connect({ host: "127.0.0.1", port: subject.port, rejectUnauthorized: false }),
+    );
+    for (const socket of sockets) socket.on("error", () => {});
+    for (let second = 0; second < 20 * share; second++) {
+      for (const socket of sockets) if (!socket.destroyed) socket.write(hello.subarray(second, second + 1));
+      await new Promise((later) => setTimeout(later, 1000));
+    }
+    for (const socket of sockets) socket.destroy();
+  },
+  "a million JOINs of new rooms": async (subject, share) => {
+    const nick = `joiner${share * 10}`;
+    await enlist(subject, nick);
+    const member = await enter(subject, nick);
+    for (let at = 0; at < 1000 * share; at++) {
+      const rooms = Array.from({ length: 1000 }, (_, more) => `#r${at}.${more}`);
+      member.send(...rooms.flatMap((room) => [`JOIN ${room}`, `PART ${room}`]), `PING :${at}.`);
+      await member.wait(new RegExp(`PONG \\S+ ${at}\\.`));
+    }
+    member.socket.destroy();
+  },
+};
+
+async function harmCase(subject: Subject, harm: Harm): Promise<Figures> {
+  const rest = (ms: number) => new Promise((later) => setTimeout(later, ms));
+  const witness = new Witness(subject);
+  await rest(2000);
+  await harm(subject, 0.1);
+  await rest(2000);
+  await witness.latencies();
+  await rest(SECONDS * 1000);
+  const [calm, before, at] = [await witness.latencies(), subject.memory(), performance.now()];
+  await harm(subject, 1);
+  const seconds = (performance.now() - at) / 1000;
+  const [harmed, after] = [await witness.latencies(), subject.memory()];
+  witness.stop();
+  await rest(120_000); // the runtime gives back what it does not use when it has had nothing to do for a while
+  return {
+    "seconds": seconds,
+    "p50 ms calm": percentile(calm, 0.5),
+    "p50 ms": percentile(harmed, 0.5),
+    "p90 ms calm": percentile(calm, 0.9),
+    "p90 ms": percentile(harmed, 0.9),
+    "p99 ms calm": percentile(calm, 0.99),
+    "p99 ms": percentile(harmed, 0.99),
+    "MiB before": before / 1024,
+    "MiB after": after / 1024,
+    "MiB two minutes later": subject.memory() / 1024,
+  };
+}
+
 const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = {
   "talk: 200 members, 50/s": (subject) => talkCase(subject, 200, (ears) => paced(ears, 50)),
   "fast: 200 members, 20 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 20)),
   "fast: 200 members, 200 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 200)),
   "talk: 1000 members, 20/s": (subject) => talkCase(subject, 1000, (ears) => paced(ears, 20)),
   "join: 1000 members": async (subject) => {
-    const ours = subject.name !== "ngircd";
-    const empty = subject.memory();
-    if (ours) await each(1000, (at) => register(subject, nickOf(at)));
+    if (subject.hasAccounts) await each(1000, (at) => enlist(subject, nickOf(at)));
     await each(200, async () => (await dial(subject, "x")).socket.destroy());
     const before = subject.cpu();
     await each(1000, async () => (await dial(subject, "x")).socket.destroy());
     const handshakes = subject.cpu() - before;
     await new Promise((later) => setTimeout(later, 1000));
-    const [cpu, memory, at] = [subject.cpu(), subject.memory(), performance.now()];
+    const [cpu, at] = [subject.cpu(), performance.now()];
     const members = await each(1000, (member) => enter(subject, nickOf(member)));
     const seconds = (performance.now() - at) / 1000;
     const spent = subject.cpu() - cpu;
-    await new Promise((later) => setTimeout(later, 2000));
-    const figures = {
+    for (const member of members) member.socket.destroy();
+    return {
       "joins/s": 1000 / seconds,
       "µs/handshake": handshakes / 1000,
       "µs/join": spent / 1000,
       "µs/join beside the handshake": (spent - handshakes) / 1000,
-      "KiB/member": (subject.memory() - memory) / 1000,
-      "with its account": (subject.memory() - empty) / 1000,
     };
-    for (const member of members) member.socket.destroy();
-    return figures;
   },
-  "fair: 200 members, 50/s, nobody floods": (subject) => talkCase(subject, 200, (ears) => paced(ears, 50)),
+  "memory: 1000 members": async (subject) => {
+    const empty = subject.memory();
+    const members = await crowd(subject, 1000);
+    await new Promise((later) => setTimeout(later, 2000));
+    const full = subject.memory();
+    for (const member of members) member.socket.destroy();
+    return { "MiB empty": empty / 1024, "MiB": full / 1024, "KiB/member": (full - empty) / 1000 };
+  },
   "fair: 200 members, 50/s, ten flood": async (subject) => {
+    const members = await crowd(subject, 200);
+    const ears = new Ears(members);
+    const calm = await measure(subject, ears, paced(ears, 50));
+    await each(10, (at) => enlist(subject, `flooder${at}`));
     const flood = Buffer.from(`PRIVMSG #chat :${"flood ".repeat(20)}\r\n`.repeat(1000));
-    await each(10, (at) => register(subject, `flooder${at}`));
     for (const { socket } of await each(10, (at) => enter(subject, `flooder${at}`))) {
       const pour = () => {
         while (!socket.destroyed && socket.write(flood));
       };
       pour();
       socket.on("drain", pour);
+      members.push(new Member("flooder", socket));
     }
-    return await talkCase(subject, 200, (ears) => paced(ears, 50));
+    const flooded = await measure(subject, ears, paced(ears, 50));
+    for (const member of members) member.socket.destroy();
+    const [before = 0, p99 = 0] = [calm["p99 ms"], flooded["p99 ms"]];
+    return { "p99 ms calm": before, "p99 ms flooded": p99, "ratio": p99 / before };
   },
+  ...Object.fromEntries(
+    Object.entries(HARMS).map(([name, harm]) => [
+      `harm: ${name}`,
+      (subject: Subject) => harmCase(subject, harm),
+    ]),
+  ),
   ...Object.fromEntries([100, 200, 500, 1000, 2000].map((count) => [
     `grow: ${count} members, 20/s`,
     (subject: Subject) => talkCase(subject, count, (ears) => paced(ears, 20)),
@@ -554,7 +683,8 @@ async function main(): Promise<void> {
   for (const [name, run] of Object.entries(CASES)) {
     if (!name.includes(OPTIONS.only)) continue;
     const by = new Map<string, Figures>();
-    for (const which of name.startsWith("fair") ? ["fair"] : subjects) {
+    const own = name.startsWith("fair") ? ["fair"] : name.startsWith("harm") ? ["ours"] : subjects;
+    for (const which of own) {
       const subject = await SUBJECTS[which]?.();
       if (!subject) throw new Error(`there is no ${which}`);
       by.set(subject.name, await run(subject));
@@ -566,7 +696,8 @@ async function main(): Promise<void> {
   if (OPTIONS.svg) fs.writeFileSync(OPTIONS.svg, picture(table(results)));
 }
 
-if (OPTIONS.driver) await main();
+if (OPTIONS.witness) await Witness.run(Number(OPTIONS.witness));
+else if (OPTIONS.driver) await main();
 else { // on a core of its own
   const child = spawn("taskset", ["-c", DRIVER_CORE, process.execPath, ...process.argv.slice(1), "--driver"], {
     stdio: "inherit",

@@ -8,7 +8,17 @@ import path from "node:path";
 import crypto from "node:crypto";
 import { mock, type TestContext } from "node:test";
 import tls from "node:tls";
-import { makeIdentity, serve, type ServerOptions, type Serving } from "../chat.ts";
+import {
+  deriveKeys,
+  formatVerifier,
+  type Keys,
+  makeIdentity,
+  scramClient,
+  serve,
+  type ServerOptions,
+  type Serving,
+  verifierOf,
+} from "../chat.ts";
 
 export const ROOT = path.join(import.meta.dirname, "..");
 export const BINARY = path.join(ROOT, "dist", process.platform === "win32" ? "chat.exe" : "chat");
@@ -219,6 +229,42 @@ export async function enter(
   if (caps) irc.send("CAP END");
   await irc.wait(/ 366 \S+ #\S+ :End of \/NAMES list\r\n/);
   return irc;
+}
+
+const base64 = (text: string) => Buffer.from(text).toString("base64");
+let keys: Promise<Keys> | undefined; // of all whom `register` registers
+
+/** A connection that is held by hand, or by the benchmark. */
+interface Hand {
+  readonly socket: tls.TLSSocket;
+  send(...lines: readonly string[]): void;
+  wait(pattern: RegExp): Promise<RegExpExecArray>;
+}
+
+/** Registers a nick by a verifier, which costs the server no scrypt. */
+export async function register(hand: Hand, nick: string): Promise<void> {
+  keys ??= deriveKeys("secret");
+  hand.send("CAP LS 302", `NICK ${nick}`, `REGISTER * * ${formatVerifier(verifierOf(await keys))}`);
+  await hand.wait(/REGISTER SUCCESS/);
+}
+
+/** Logs in by SCRAM who is registered, and enters, up to the end of the names of the first room. */
+export async function logIn(hand: Hand, nick: string, caps = ""): Promise<void> {
+  const certificate = hand.socket.getPeerX509Certificate()?.raw ?? "";
+  const scram = scramClient(
+    nick,
+    () => keys ??= deriveKeys("secret"),
+    crypto.createHash("sha256").update(certificate).digest(),
+  );
+  hand.send(`CAP REQ :sasl ${caps}`, `NICK ${nick}`, `USER ${nick} 0 * :${nick}`, "AUTHENTICATE SCRAM-SCRYPT-PLUS");
+  await hand.wait(/AUTHENTICATE \+\r\n/);
+  for (let step = await scram.next(); !step.done;) {
+    hand.send(`AUTHENTICATE ${base64(step.value)}`);
+    const [, answer = ""] = await hand.wait(/AUTHENTICATE (\S+)\r\n/);
+    step = await scram.next(Buffer.from(answer, "base64").toString());
+  }
+  hand.send("AUTHENTICATE +", "CAP END");
+  await hand.wait(/ 366 \S+ #chat /);
 }
 
 /** A terminal in tmux, on a server of its own. */
