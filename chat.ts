@@ -34,7 +34,7 @@ export const LIMITS = Object.freeze({
   strangerMs: 300_000, // from connecting to being logged in
   strangers: 500, // at once
   pingMs: 60_000, // a member's silence before a PING; as long again, and the connection is lost
-  gatherMs: 50, // in a large room, what is said within it is written together,
+  gatherMs: 100, // in a large room, what is said within it is written together,
   gathered: 10, // but that many events wait for no more
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
@@ -847,7 +847,7 @@ interface Pace {
  * A session is handed bytes and a peer to send bytes to; nothing here knows of sockets but `serve`, at the end. Each
  * line runs its row in the table of commands. An event is encoded once for all sessions with the same capabilities, who
  * share the bytes. What a session is owed gathers in its queue: answers are written in the same turn of the event loop,
- * what others say waits for company, up to 50 ms where many read, since a write costs more than what is in it.
+ * what others say waits for company, up to 100 ms where many read, since a write costs more than what is in it.
  * ================================================================================================================== */
 
 /** The other end of a session's connection. */
@@ -1094,15 +1094,17 @@ export class Session {
     if (this.#blocked) return;
     if (this.#said) this.#queueAnswers();
     if (this.#queue.length === 0) return;
-    const all = this.server.joined(this.#queue);
-    const newcomer = this.#written < LIMITS.newcomerBytes && !this.closed;
-    const bytes = newcomer ? all.subarray(0, LIMITS.pieceBytes) : all;
-    const rest = all.subarray(bytes.length);
-    this.#queue = rest.length ? [rest] : [];
-    this.#queued = rest.length;
+    let bytes = this.server.joined(this.#queue);
+    this.#queue = [];
+    this.#queued = 0;
+    if (bytes.length > LIMITS.pieceBytes && this.#written < LIMITS.newcomerBytes && !this.closed) {
+      this.#queue.push(bytes.subarray(LIMITS.pieceBytes));
+      this.#queued = bytes.length - LIMITS.pieceBytes;
+      bytes = bytes.subarray(0, LIMITS.pieceBytes);
+      setImmediate(() => this.flush());
+    }
     this.#written += bytes.length;
     this.#blocked = !this.#peer.write(bytes);
-    if (rest.length) setImmediate(() => this.flush());
     if (!this.#blocked && this.#splitter.size > 0) this.#goOn(); // its lines may have waited for this
   }
   /** The peer is ready for more. */

@@ -5,7 +5,7 @@ import fs from "node:fs";
 import net from "node:net";
 import { mock, test, type TestContext } from "node:test";
 import * as chat from "../chat.ts";
-import { dial, enter, Irc, quickScrypt, serveHere, serveProcess, until } from "./helpers.ts";
+import { dial, enter, Irc, logIn, quickScrypt, register, serveHere, serveProcess, until } from "./helpers.ts";
 
 quickScrypt();
 const { LIMITS } = chat;
@@ -280,6 +280,39 @@ test("a network has twice as many sockets, TLS or not, as it may have connection
   await later.sync();
 });
 
+test("who sends more than may wait for its execution, to a server that goes on reading, is closed", async () => {
+  const server = new chat.Server({ rate: 1 });
+  const wire = new Wire(server, true);
+  const lines = "PING x\r\n".repeat(1024);
+  for (let bytes = 0; bytes <= LIMITS.inputBytes; bytes += lines.length) {
+    assert.equal(wire.ended, false);
+    wire.session.receive(Buffer.from(lines));
+  }
+  assert.equal(wire.ended, true);
+  await wire.wait(/ERROR :Excess flood\r\n$/);
+});
+
+test("what a newcomer is told comes in small pieces, whole and in order, also if it leaves at once", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const nicks = Array.from({ length: 200 }, (_, at) => `somebody_called_${at}`);
+  for (const nick of nicks) {
+    const member = await server.accounts.register(nick, "secret", "127.0.0.1");
+    if (typeof member !== "string") server.lobby.members.add(member);
+  }
+  for (const [more, end] of [["PING last", /PONG chat\.server last\r\n/], ["QUIT", /ERROR :Quit\r\n$/]] as const) {
+    const wire = new Wire(server, true);
+    const sizes: number[] = [];
+    const write = wire.write.bind(wire);
+    wire.write = (bytes) => sizes.push(bytes.length) > 0 && write(bytes);
+    wire.send("PASS secret", "NICK ana", "USER x 0 * :x", more);
+    await wire.wait(end);
+    const names = [...wire.out.matchAll(/ 353 ana = #chat :(.*)\r\n/g)].flatMap(([, line = ""]) => line.split(" "));
+    assert.deepEqual(names.slice(0, 200), nicks);
+    const last = more === "QUIT" ? sizes.pop() : 0; // all the rest of it
+    assert.ok(Math.max(...sizes) <= LIMITS.pieceBytes, `${sizes} and ${last} bytes`);
+  }
+});
+
 test("one whose lines come without end, and without a limit on the rate, takes turns with the others", async () => {
   const server = new chat.Server({ rate: 0 });
   const [busy, other] = [new Wire(server, true), new Wire(server, true)];
@@ -480,20 +513,22 @@ test("connections that are dropped at every stage leave nothing behind, and a wi
 });
 
 test("a server that is told to stop while all talk delivers each line that it has acknowledged", async (t) => {
-  const server = await serveProcess(t, ["--rate", "0"]);
-  const count = 40;
-  const people = await Promise.all(
-    Array.from({ length: count }, (_, at) => enter(t, server.port, `n${at}`, "echo-message")),
-  );
+  const server = await serveProcess(t, ["--rate", "0", "--per-address", "1000"]);
+  const people = await Promise.all(Array.from({ length: 200 }, async (_, at) => {
+    await register(await dial(t, server.port), `n${at}`);
+    const irc = await dial(t, server.port);
+    await logIn(irc, `n${at}`, "echo-message");
+    return irc;
+  }));
   const closed = people.map((person) => person.closed.catch(() => {})); // or a write came too late
   let number = 0;
   const talk = setInterval(() => {
     for (const [at, one] of people.entries()) {
       if (!one.socket.readableEnded) one.send(`PRIVMSG #chat :from ${at} ${++number}`);
     }
-  }, 1);
+  }, 20);
   t.after(() => clearInterval(talk));
-  await people[0]?.wait(/from 39 4\d\d\d\r\n/);
+  await people[0]?.wait(/from 199 4\d\d\d\r\n/);
   server.child.kill("SIGTERM");
   assert.equal(await server.ended, 0);
   clearInterval(talk);

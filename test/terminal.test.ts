@@ -429,6 +429,18 @@ test("a server that goes is noticed, what is typed waits and is sent when there 
   await ana.wait(/chat: this server has the key .*\n[^]*\[exit 3\]/);
 });
 
+test("while the server is gone so many lines wait, and what is more is told to be dropped", TMUX, async (t) => {
+  const server = await serveProcess(t);
+  const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${server.port}`], { env: { CHAT_PASSWORD: "x" } });
+  await ana.wait(/Welcome/);
+  server.child.kill("SIGKILL");
+  await ana.wait(/\n\[offline\] #chat>$/);
+  ana.paste("line\n".repeat(501));
+  await ana.wait(/Send these 501 lines\? \(yes\/no\)$/);
+  ana.enter("yes");
+  await ana.wait(/-- too much waits; dropped\n\[offline, 500 waiting\] #chat>$/);
+});
+
 test("the operator's console shows the log and takes orders", TMUX, async (t) => {
   const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"]);
   const [, port] = await server.wait(/join 127\.0\.0\.1:(\d+)\//);
