@@ -147,6 +147,12 @@ async function bundle() {
   return cjs.outputFiles[0].text;
 }
 
+/**
+ * A young generation of 1 MiB, and no middle tier of compilation: as fast, and a server of 1,000 members takes 45 MiB
+ * less for the one and 6 MiB less for the other. The code cache is for these options and no others.
+ */
+const ENGINE = ["--max-semi-space-size=1", "--no-maglev"];
+
 /** Puts the program into a platform's runtime, unless the same one is there already. */
 function executable(platform, program) {
   const node = runtime(platform);
@@ -157,18 +163,10 @@ function executable(platform, program) {
     executable: node,
     disableExperimentalSEAWarning: true,
     useCodeCache: platform === HOST, // a code cache fits one platform only
-    // A young generation of 1 MiB, and no middle tier of compilation: as fast, and a server of 1,000 members takes
-    // 45 MiB less for the one and 6 MiB less for the other.
-    execArgv: [
-      "--permission",
-      "--allow-net",
-      "--disable-warning=ExperimentalWarning",
-      "--max-semi-space-size=1",
-      "--no-maglev",
-    ],
+    execArgv: ["--permission", "--allow-net", "--disable-warning=ExperimentalWarning", ...ENGINE],
     execArgvExtension: "none", // NODE_OPTIONS must not loosen the permissions again
   };
-  const stamp = createHash("sha256").update(JSON.stringify([config, VERSION, program]));
+  const stamp = createHash("sha256").update(fs.readFileSync(process.argv[1]) + program);
   const made = stamp.digest("hex");
   const stampFile = path.join(CACHE, `${name}.stamp`);
   const same = fs.existsSync(output) && fs.existsSync(stampFile) &&
@@ -180,7 +178,7 @@ function executable(platform, program) {
     fs.writeFileSync(main, program);
     fs.writeFileSync(settings, JSON.stringify({ ...config, main, output: raw }));
     try {
-      execFileSync(host, ["--build-sea", settings], { encoding: "utf8", stdio: "pipe" });
+      execFileSync(host, [...ENGINE, "--build-sea", settings], { encoding: "utf8", stdio: "pipe" });
       if (platform === HOST && process.platform === "darwin") {
         execFileSync("codesign", ["--sign", "-", "--force", raw], { stdio: "pipe" });
       }

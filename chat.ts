@@ -1052,7 +1052,8 @@ export class Session {
     else this.#say(body, tags);
   }
   reply(command: string, ...params: readonly string[]): void {
-    this.answer(format(command, params, SERVER));
+    const word = (param: string) => param.replace(/^:+| .*/gs, "") || "*"; // what a client sent may be none
+    this.answer(format(command, params.map((param, at) => at < params.length - 1 ? word(param) : param), SERVER));
   }
   numeric(code: string, ...params: readonly string[]): void {
     this.reply(code, this.nick, ...params);
@@ -2208,7 +2209,10 @@ export class Screen {
     this.#readline.on("line", (line) => this.#entered(line));
     this.#readline.on("history", (lines) => this.#asking && lines.shift()); // an answer is not to be recalled
     this.#readline.on("SIGINT", () => this.onInterrupt());
-    this.#readline.on("SIGCONT", () => this.#redraw());
+    this.#readline.on("SIGCONT", () => {
+      this.#readline.resume(); // it has paused, and counts on a prompt of its own to go on
+      this.#redraw();
+    });
     this.#readline.on("close", () => {
       this.#asking?.answer(undefined);
       if (!this.#closed) this.onEnd();
@@ -2302,12 +2306,13 @@ export class Screen {
   }
   #pressed(key?: { name?: string; ctrl?: boolean }): void {
     if (key?.ctrl && key.name === "l") this.clear();
-    if (key?.name === "tab") this.#complete();
+    const { line, cursor } = this.#readline; // where readline has put a tab that was pasted
+    if (key?.name === "tab" && (this.#asking || line[cursor - 1] !== "\t")) this.#complete();
     else this.#tabs = undefined;
     this.#redraw();
   }
   #complete(): void {
-    const before = this.#readline.line.slice(0, this.#readline.cursor).replaceAll("\t", "");
+    const before = this.#readline.line.slice(0, this.#readline.cursor).replace(this.#asking ? /\t/g : "", "");
     const { options, next } = this.#tabs ?? { options: this.#asking ? [] : this.onTab(before), next: 0 };
     this.#tabs = { options, next: (next + 1) % options.length };
     this.#readline.write(null, { ctrl: true, name: "u" }); // removes what is before the cursor
@@ -2377,6 +2382,7 @@ class Link {
   readonly socket: tls.TLSSocket;
   readonly certificate: crypto.X509Certificate | undefined;
   trust = ""; // why the server is trusted
+  welcomed = false; // one is logged in
   ended = ""; // why the connection ended; empty while it has not
   heard = now();
   asked = false; // a PING has asked since
@@ -2502,7 +2508,8 @@ interface Entered {
   here: boolean; // it was entered on this connection
   greeted: boolean;
   last?: { readonly id: string; readonly time: number }; // the last message that was shown
-  topic?: string | undefined; // to be told when one is greeted
+  topic?: string | undefined;
+  told?: string | undefined; // the last topic that was shown
   asked?: "first" | "missed" | "more" | undefined; // its history was asked for: what is said meanwhile waits
   held: Line[];
 }
@@ -2540,6 +2547,7 @@ class Client {
   #scram = false; // the server knew SCRAM: it is told no password any more
   #wasIn = false;
   #leaving = false;
+  #roomless = false; // one has left the last room
   #draining = false; // there is no more input: it leaves when everything is sent
   #slow = false; // a person took longer to answer than the server waited
   #refused = 0;
@@ -2573,7 +2581,9 @@ class Client {
       if (this.screen.kind !== "pipe" || (this.#wasIn && !this.#outbox.size)) this.leave();
     };
     if (this.screen.kind === "pipe") {
-      this.screen.onLines = (lines) => lines.filter(Boolean).forEach((line) => this.say("", line));
+      const person = process.stdin.isTTY; // of whom just the output goes into a pipe
+      this.screen.onLines = (lines) =>
+        person ? void this.entered(lines, false) : lines.filter(Boolean).forEach((line) => this.say("", line));
     }
     this.screen.onTab = (before) => this.#completions(before);
     const timer = setInterval(() => this.#watch(), 1000);
@@ -2654,7 +2664,7 @@ class Client {
     if (!certificate) throw new Fault("the server shows no certificate", "is it a chat server?", 3);
     const pin = pinOf(certificate.publicKey);
     if (this.#pin && pin !== this.#pin) {
-      const hint = "somebody may sit in the middle; ask whoever runs the server which key it has";
+      const hint = "somebody may sit in the middle, or it was started anew without CHAT_SECRET: ask whoever runs it";
       throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
     }
     const named = isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host);
@@ -2848,8 +2858,13 @@ class Client {
   /** Takes what was entered. A slash begins a command, unless it was pasted; what comes through a pipe is text. */
   async entered(lines: readonly string[], pasted: boolean): Promise<void> {
     const texts = lines.filter((line) => line.trim());
+    const waiting = this.#outbox.size;
+    if (pasted && texts.length + waiting > LIMITS.outbox) {
+      const many = plural(texts.length, "line is", "lines are");
+      return this.screen.note(`${many} too many, with ${waiting} waiting to be sent; nothing of it is sent`);
+    }
     if (pasted && texts.length > 5 && !isYes(await this.screen.ask(`Send these ${texts.length} lines? (yes/no) `))) {
-      return;
+      return this.screen.note("nothing is sent");
     }
     for (const text of texts) {
       const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
@@ -2870,29 +2885,27 @@ class Client {
   }
   /** Says something to a room or a nick, here if none is named; what is too long for one line in several. */
   say(target: string, text: string, command = "PRIVMSG", around = (piece: string) => piece): void {
-    const to = target || this.room?.name || this.wanted || "#";
+    const to = target || this.room?.name || this.wanted;
+    if (!to && this.#roomless) return this.screen.note("you are in no room: /join #ROOM enters one");
     const space = LIMITS.bodyBytes - 2 - Buffer.byteLength(`:${this.#mask} ${command} ${to} :${around("")}`);
     for (const piece of pieces(text.replace(/[\0\r\n]/g, " "), space)) {
       if (this.#outbox.size >= LIMITS.outbox && this.screen.kind !== "pipe") {
         return this.screen.note("too much waits; dropped");
       }
       this.#outbox.set(++this.#number, [command, target || this.room?.name || "", around(piece)]);
-      if (this.room?.here) this.#transmit(this.#number);
+      if (this.#online) this.#transmit(this.#number);
     }
     this.#showPrompt();
   }
   /** Sends a line of the outbox. It stays there until the server has said that it has it. */
   #transmit(number: number): void {
     const [command = "", target = "", text = ""] = this.#outbox.get(number) ?? [];
-    const { link, room } = this;
-    if (!link || !room) return;
-    link.send(
-      command,
-      [target || room.name, text],
-      link.caps.has("message-tags") ? [[ONCE, `${this.#instance}-${number}`]] : [],
-    );
+    const { link, room: { name: here } = { name: "" } } = this;
+    if (!link || !(target || here)) return;
+    const params = [target || here, text];
+    link.send(command, params, link.caps.has("message-tags") ? [[ONCE, `${this.#instance}-${number}`]] : []);
     if (!link.scram) link.send("PING", [`${ONCE}=${number}`]); // servers that are not ours know no numbers
-    if (!link.caps.has("echo-message")) this.#show(parse(format(command, [target || room.name, text], this.#mask)));
+    if (!link.caps.has("echo-message")) this.#show(parse(format(command, params, this.#mask)));
   }
   /** The server has executed a line, or refused it. */
   #acknowledged(number: number): void {
@@ -2939,8 +2952,8 @@ class Client {
         if (mine) this.nick = clean(first);
         return;
       case "TOPIC":
-        if (room) room.topic = undefined;
-        return this.screen.note(`${nick} set the topic of ${clean(first)}: ${clean(second)}`);
+        if (room) room.topic = second;
+        return this.#tellTopic(line);
       case "332":
         if (this.rooms.has(fold(second))) Object.assign(this.rooms.get(fold(second)) ?? {}, { topic: third });
         return;
@@ -2966,22 +2979,26 @@ class Client {
         if (first === "PASS" && line.command === "NOTE") this.#keys = this.#newKeys;
         return this.screen.note(said(line));
     }
-    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) this.screen.note(text);
-    const hopeless = this.screen.kind === "pipe" && this.wanted && fold(second) === fold(this.wanted);
-    if (hopeless && line.command.startsWith("4")) throw new Fault(text, "--room names another room", 2);
+    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) {
+      this.screen.note([...line.params.slice(1, -1).map(clean), said(line)].join(": "));
+    }
+    if (!/^4/.test(line.command) || !this.wanted || fold(second) !== fold(this.wanted)) return;
+    if (this.screen.kind === "pipe") throw new Fault(text, "--room names another room", 2);
+    this.wanted = "";
   }
   #welcomed(link: Link, nick: string): void {
     this.nick = nick;
     if (link.scram) this.#mask = source(nick);
     const names = [...this.rooms.values()].map(({ name }) => name);
     if (this.wanted) names.push(this.wanted);
-    else if (!names.length && !link.scram) names.push("#chat");
+    else if (!names.length && !link.scram && !this.#roomless) names.push("#chat");
     for (const name of names) link.send("JOIN", [name]);
     if (this.#wasIn && link.caps.has("draft/chathistory")) { // private messages may have been missed
       this.#askHistory("TARGETS", this.#since, `timestamp=${new Date(now() + 86_400_000).toISOString()}`);
     }
     this.#known ||= now();
-    this.#wasIn = true;
+    this.#wasIn = link.welcomed = true;
+    for (const number of this.#roomless ? this.#outbox.keys() : []) this.#transmit(number);
     if (this.screen.kind !== "pipe") this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
   }
   #entered(name: string, source: string): void {
@@ -2991,12 +3008,14 @@ class Client {
     this.rooms.set(fold(name), room);
     room.nicks.clear();
     room.here = true;
+    room.topic = undefined; // 332 follows if there is one
     this.#mask = source;
     const fromNow = this.screen.kind === "pipe" && !room.last; // a script does not hear what was said before
     if (fromNow) room.last = { id: "", time: this.#latest || now() };
     if (this.wanted ? fold(this.wanted) === fold(name) : !this.room) {
       this.wanted = "";
       this.room = room;
+      this.#roomless = false;
     }
     if (link?.caps.has("draft/chathistory") && !fromNow) {
       room.asked = room.last ? "missed" : "first";
@@ -3022,7 +3041,7 @@ class Client {
     const { screen } = this;
     const here = named([...room.nicks.values()].filter((nick) => fold(nick) !== fold(this.nick)), 12);
     const name = clean(room.name);
-    if (room.topic && !room.greeted) screen.note(`topic of ${name}: ${clean(room.topic)}`);
+    if (room.topic && room.topic !== room.told && !room.greeted) screen.note(`topic of ${name}: ${clean(room.topic)}`);
     if (room.greeted) screen.note(`back in ${name}`);
     else if (screen.kind === "pipe" || this.rooms.size > 1) {
       screen.note(`in ${name} as ${this.nick}; here: ${here || "nobody else"}`);
@@ -3055,8 +3074,8 @@ class Client {
       const nick = nickOf(line);
       if (line.command === "PRIVMSG" || line.command === "NOTICE") {
         this.#show(line, !asked || asked === "first", !asked);
-      } else if (line.command === "TOPIC") this.#dispatch(line);
-      else if (fold(nick) !== fold(this.nick)) this.#presence[line.command === "JOIN" ? "joined" : "left"].add(nick);
+      } else if (line.command === "TOPIC") this.#tellTopic(line);
+      else if (fold(nick) !== fold(this.nick)) this.#notePresence(nick, line.command === "JOIN" ? "joined" : "left");
     }
     this.#tellPresence();
     const id = lines.at(-1)?.tags.get("msgid");
@@ -3069,6 +3088,13 @@ class Client {
     this.#greet(room);
     for (const line of room.held.splice(0)) this.#show(line);
   }
+  #tellTopic(line: Line): void {
+    const [name = "", topic = ""] = line.params.map(clean);
+    Object.assign(this.rooms.get(fold(line.params[0] ?? "")) ?? {}, { told: line.params[1] });
+    this.screen.note(
+      `${nickOf(line)} ${topic ? `set the topic of ${name}: ${topic}` : `removed the topic of ${name}`}`,
+    );
+  }
   #cameOrWent(room: Entered, nick: string, how: "joined" | "left"): void {
     const known = room.nicks.has(fold(nick));
     if (how === "joined") room.nicks.set(fold(nick), nick);
@@ -3076,7 +3102,10 @@ class Client {
     if (known === (how === "joined") || room !== this.room || room.asked) return;
     const { joined, left } = this.#presence;
     if (!joined.size && !left.size) setTimeout(() => this.#tellPresence(), 300);
-    if (!(how === "joined" ? left : joined).delete(nick)) this.#presence[how].add(nick);
+    this.#notePresence(nick, how);
+  }
+  #notePresence(nick: string, how: "joined" | "left"): void {
+    if (!this.#presence[how === "joined" ? "left" : "joined"].delete(nick)) this.#presence[how].add(nick);
   }
   /** Tells who came and who went: in one line, however many. */
   #tellPresence(): void {
@@ -3089,17 +3118,22 @@ class Client {
     this.rooms.delete(fold(room.name));
     this.screen.note(`you left ${clean(room.name)}`);
     if (room === this.room) this.room = [...this.rooms.values()].at(-1);
+    this.#roomless = !this.room;
     this.#showPrompt();
   }
   turnTo(room: Entered): void {
     this.room = room;
     this.#showPrompt();
   }
+  /** Whether what is said goes to the server at once: the room is entered, or one has left the last. */
+  get #online(): boolean {
+    return this.link?.welcomed === true && !this.link.ended && (this.room?.here ?? this.#roomless);
+  }
   #showPrompt(): void {
-    const { room, link } = this;
-    const waiting = this.#outbox.size ? `, ${this.#outbox.size} waiting` : "";
-    const offline = this.#wasIn && (link?.ended || !room?.here) ? `[offline${waiting}] ` : "";
-    this.screen.prompt = `${offline}${clean(room?.name ?? "")}> `;
+    const { size } = this.#outbox; // a few are always under way
+    const waiting = size > (this.#online ? 20 : 0) ? `${size} waiting` : "";
+    const state = [this.#wasIn && !this.#online && "offline", waiting].filter(Boolean).join(", ");
+    this.screen.prompt = `${state && `[${state}] `}${clean(this.room?.name ?? "")}> `;
   }
   /** Shows a message; `dim` if it is old, and `again` even if it was shown before. */
   #show(line: Line, dim = false, again = false): void {
@@ -3153,8 +3187,10 @@ class Client {
   async changePassword(): Promise<void> {
     if (!this.link?.scram) return this.screen.note("this server has no way to do that");
     const password = await this.screen.ask("New password: ", true);
-    if (!password || password !== await this.screen.ask("The same again: ", true)) {
-      return this.screen.note("nothing is changed: that was empty, or not twice the same");
+    if (!password) return this.screen.note("nothing is changed");
+    if (password !== await this.screen.ask("The same again: ", true)) {
+      this.screen.note("these were two different passwords");
+      return this.changePassword();
     }
     this.#newKeys = await deriveKeys(password);
     this.link.send("PASS", [formatVerifier(verifierOf(this.#newKeys))]);
@@ -3225,7 +3261,7 @@ export const SLASH: Table<Slash> = {
     (client, rest) => client.say("", rest, "PRIVMSG", (one) => `\x01ACTION ${one}\x01`),
   ),
   join: slash("#ROOM", "enter a room, or turn to it", (client, rest) => {
-    const name = rest.replace(/^#?/, "#");
+    const name = rest.replace(/^#?/, "#").replace(/ .*/, "");
     const room = client.rooms.get(fold(name));
     if (room) return client.turnTo(room);
     client.wanted = name;
@@ -3235,7 +3271,12 @@ export const SLASH: Table<Slash> = {
   topic: slash(
     "[TEXT]",
     "show or set the room's topic",
-    ({ link, room }, rest) => room && link?.send("TOPIC", rest ? [room.name, rest] : [room.name]),
+    ({ link, room, screen }, rest) => {
+      if (!room) return screen.note("you are in no room");
+      if (rest) return link?.send("TOPIC", [room.name, rest]);
+      const name = clean(room.name);
+      screen.note(room.topic ? `topic of ${name}: ${clean(room.topic)}` : `${name} has no topic`);
+    },
   ),
   rooms: slash("", "list the rooms", ({ link }) => link?.send("LIST", [])),
   history: slash("[N]", "show what was said, N lines of it", ({ link, room, screen }, rest) => {

@@ -383,7 +383,7 @@ async function talkCase(
   return figures;
 }
 
-/** Two members in a process of their own, whatever the driver is busy with: tells how long it takes from one to the other. */
+/** Pairs of members in a process of their own, whatever the driver is busy with: how long is it from one to the other? */
 class Witness {
   readonly #child: ChildProcess;
 
@@ -405,10 +405,12 @@ class Witness {
 
   static async run(port: number): Promise<void> {
     let latencies: number[] = [];
-    const [one, other] = await each(2, async (at) => {
+    const members = await each(20, async (at) => {
       await enlist({ port }, `witness${at}`);
       const member = await dial({ port }, `witness${at}`);
       await logIn(member, member.nick);
+      member.send("PART #chat"); // what is said there would keep this process busy
+      await member.wait(/ PART #chat/);
       return member;
     });
     process.on("message", () => {
@@ -416,20 +418,41 @@ class Witness {
       latencies = [];
     });
     process.on("disconnect", () => process.exit());
-    for (;;) {
+    for (let at = 0;; at = (at + 1) % 10) { // each says five lines a second
       const sent = performance.now();
-      one?.send(`PRIVMSG witness1 :${sent}`);
-      await other?.wait(new RegExp(`:${sent}\r\n`));
+      members[at]?.send(`PRIVMSG witness${at + 10} :${sent}`);
+      await members[at + 10]?.wait(new RegExp(`:${sent}\\r\\n`));
       latencies.push(performance.now() - sent);
       await new Promise((later) => setTimeout(later, 20));
     }
   }
 }
 
+/** Ten who send as fast as TCP lets them. */
+async function flooding(subject: Subject, share: number): Promise<Member[]> {
+  const flood = Buffer.from(`PRIVMSG #chat :${"flood ".repeat(20)}\r\n`.repeat(1000));
+  const nick = (at: number) => `flooder${share * 10}_${at}`;
+  await each(10, (at) => enlist(subject, nick(at)));
+  const flooders = await each(10, (at) => enter(subject, nick(at)));
+  for (const { socket } of flooders) {
+    const pour = () => {
+      while (!socket.destroyed && socket.write(flood));
+    };
+    pour();
+    socket.on("drain", pour);
+  }
+  return flooders;
+}
+
 /** What somebody can do to a server; `share` of it for a warm-up. */
 type Harm = (subject: Subject, share: number) => Promise<unknown>;
 
 const HARMS: Readonly<Record<string, Harm>> = {
+  "ten flood": async (subject, share) => {
+    const flooders = await flooding(subject, share);
+    await new Promise((later) => setTimeout(later, 20_000 * share));
+    for (const { socket } of flooders) socket.destroy();
+  },
   "10,000 connections dropped at every stage": (subject, share) =>
     each(10_000 * share, async (at) => {
       const stage = at % 5;
@@ -537,18 +560,9 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
     const members = await crowd(subject, 200);
     const ears = new Ears(members);
     const calm = await measure(subject, ears, paced(ears, 50));
-    await each(10, (at) => enlist(subject, `flooder${at}`));
-    const flood = Buffer.from(`PRIVMSG #chat :${"flood ".repeat(20)}\r\n`.repeat(1000));
-    for (const { socket } of await each(10, (at) => enter(subject, `flooder${at}`))) {
-      const pour = () => {
-        while (!socket.destroyed && socket.write(flood));
-      };
-      pour();
-      socket.on("drain", pour);
-      members.push(new Member("flooder", socket));
-    }
+    const flooders = await flooding(subject, 1);
     const flooded = await measure(subject, ears, paced(ears, 50));
-    for (const member of members) member.socket.destroy();
+    for (const member of [...members, ...flooders]) member.socket.destroy();
     const [before = 0, p99 = 0] = [calm["p99 ms"], flooded["p99 ms"]];
     return { "p99 ms calm": before, "p99 ms flooded": p99, "ratio": p99 / before };
   },
@@ -683,7 +697,7 @@ async function main(): Promise<void> {
   for (const [name, run] of Object.entries(CASES)) {
     if (!name.includes(OPTIONS.only)) continue;
     const by = new Map<string, Figures>();
-    const own = name.startsWith("fair") ? ["fair"] : name.startsWith("harm") ? ["ours"] : subjects;
+    const own = /^fair|flood/.test(name) ? ["fair"] : name.startsWith("harm") ? ["ours"] : subjects;
     for (const which of own) {
       const subject = await SUBJECTS[which]?.();
       if (!subject) throw new Error(`there is no ${which}`);

@@ -187,7 +187,7 @@ export class Irc extends Text {
   constructor(test: TestContext, socket: tls.TLSSocket) {
     super();
     this.socket = socket;
-    socket.on("data", (chunk: Buffer) => this.add(chunk));
+    socket.setEncoding("utf8").on("data", (text: string) => this.add(text));
     socket.on("error", () => {});
     this.closed = once(socket, "close");
     test.after(() => socket.destroy());

@@ -156,7 +156,7 @@ test(
     irssi.enter("/quit");
     await bo.wait(/:iris!iris@chat QUIT/);
     ana.enter("/msg iris while you were out");
-    await ana.wait(/-- iris Is not here, and reads it on return/);
+    await ana.wait(/-- iris: is not here, and reads it on return/);
     const again = new Terminal(t, connect, { columns: 100 });
     await bo.wait(/:iris!iris@chat JOIN/);
     again.enter("/window 3");
@@ -359,7 +359,7 @@ for (const [name, start] of Object.entries(SERVERS)) {
     ana.enter("/msg bo psst");
     await reader.out.wait(/^\S+Z\tana\tpsst\n/m);
     ana.enter("/topic set from here");
-    await ana.wait(/-- (ana set the topic of #lab: set from here|#lab You must be a channel op)/);
+    await ana.wait(/-- (ana set the topic of #lab: set from here|#lab: you must be a channel op)/);
     ana.enter("/who");
     await ana.wait(/-- 2 people in #lab: /);
     ana.enter("/history");

@@ -436,8 +436,12 @@ test("while the server is gone so many lines wait, and what is more is told to b
   server.child.kill("SIGKILL");
   await ana.wait(/\n\[offline\] #chat>$/);
   ana.paste("line\n".repeat(501));
-  await ana.wait(/Send these 501 lines\? \(yes\/no\)$/);
+  await ana.wait(/-- 501 lines are too many, with 0 waiting to be sent; nothing of it is sent\n\[offline\] #chat>$/);
+  ana.paste("line\n".repeat(500));
+  await ana.wait(/Send these 500 lines\? \(yes\/no\)$/);
   ana.enter("yes");
+  await ana.wait(/\n\[offline, 500 waiting\] #chat>$/);
+  ana.enter("one more");
   await ana.wait(/-- too much waits; dropped\n\[offline, 500 waiting\] #chat>$/);
 });
 
