@@ -38,8 +38,12 @@ export const LIMITS = Object.freeze({
   gathered: 10, // but that many events wait for no more
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
-  // Memory.
+  // Work.
+  burstMs: 5_000, // of its pace may a session use up at once; see --rate
+  lineMs: 1, // of executing: they cost as much of its pace as a line does
+  entryLines: 10, // so many does it cost to enter, which others are told
   turnMs: 0.5, // of executing lines of one session; then it is the others' turn
+  // Memory.
   inputBytes: 256 * 1024, // received from a session and not yet executed
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
   pieceBytes: 1000, // written at once to a newcomer: TLS keeps room for the largest write, which is the greeting,
@@ -58,10 +62,10 @@ export const LIMITS = Object.freeze({
   newAccounts: 20, // per address and hour, loopback excepted
   wrongPasswords: 3, // per connection
   triesPerAccount: 10, // from one address in ten minutes
-  triesPerAddress: 100, // in ten minutes
+  triesPerAddress: 100, // in ten minutes, besides those of as many as may be connected from it
   triesOfStrangers: 100, // per account in ten minutes, from all addresses that it was never logged in from
   scrypts: 2, // password hashings at once
-  scryptQueue: 100, // hashings that wait, per address
+  scryptQueue: 100, // hashings that wait, per network
   // The client.
   outbox: 500, // lines that wait for the connection
   hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
@@ -116,25 +120,38 @@ class Counter {
   }
 }
 
-/** Runs LIMITS.scrypts jobs at once and lets the addresses take turns. */
+/** Who wants something that may take its time, and may be gone before it is done. */
+export interface Visitor {
+  readonly address: string;
+  readonly closed: boolean;
+}
+
+/** Runs LIMITS.scrypts jobs at once: those in a hurry first, and in each round one of every network. */
 class FairQueue {
-  readonly #waiting = new Map<string, (() => void)[]>();
-  #running = 0; // and waiting
-  /** Runs a job when its turn has come; undefined at once if too many of the same address wait. */
-  async run<T>(address: string, job: () => Promise<T>): Promise<T | undefined> {
-    const line = this.#waiting.get(address) ?? [];
-    if (line.length >= LIMITS.scryptQueue) return undefined;
-    if (++this.#running > LIMITS.scrypts) {
-      await new Promise<void>((turn) => this.#waiting.set(address, [...line, turn]));
+  #waiting: { visitor: Visitor; network: string; hurry: boolean; round: number; start: () => void }[] = [];
+  #running = 0;
+  #round = 0;
+  /** Runs a job when its turn has come; undefined at once if too many of the same network wait. */
+  async run<T>(visitor: Visitor, hurry: boolean, job: () => Promise<T>): Promise<T | undefined> {
+    const network = networkOf(visitor.address);
+    this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
+    const own = this.#waiting.filter((one) => one.network === network).length;
+    if (own >= LIMITS.scryptQueue) return undefined;
+    if (this.#running < LIMITS.scrypts) this.#running++;
+    else {
+      await new Promise<void>((start) => {
+        this.#waiting.push({ visitor, network, hurry, round: this.#round + own, start });
+        this.#waiting.sort((one, other) => Number(other.hurry) - Number(one.hurry) || one.round - other.round);
+      });
     }
     try {
       return await job();
     } finally {
-      this.#running--;
-      const [[next, [turn, ...rest]] = ["", []]] = this.#waiting;
-      this.#waiting.delete(next);
-      if (rest.length) this.#waiting.set(next, rest); // at the end of the round
-      turn?.();
+      this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
+      const next = this.#waiting.shift();
+      if (next) this.#round = next.round;
+      else this.#running--;
+      next?.start();
     }
   }
 }
@@ -621,12 +638,15 @@ export class Accounts<A extends Account> {
   readonly admitted = new Set<string>();
   readonly barred = new Set<string>(); // nicks that the operator keeps out
   readonly all = new Map<string, A>(); // by folded nick
-  readonly #make: (nick: string, verifier: Verifier) => A;
+  readonly #make: (nick: string, verifier: Verifier, visitor: Visitor) => A;
+  readonly #perAddress: number;
   readonly #tries = new Counter(600_000);
   readonly #births = new Counter(3_600_000);
   readonly #queue = new FairQueue();
-  constructor(make: (nick: string, verifier: Verifier) => A) {
+  /** `perAddress` is how many may be connected from an address. */
+  constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0) {
     this.#make = make;
+    this.#perAddress = perAddress;
   }
 
   find(nick: string): A | undefined {
@@ -634,45 +654,47 @@ export class Accounts<A extends Account> {
   }
 
   /** Makes an account, with a password or with a verifier that was made elsewhere. */
-  async register(nick: string, secret: string | Verifier, address: string): Promise<A | Refusal> {
-    const [key, network] = [fold(nick), networkOf(address)];
+  async register(nick: string, secret: string | Verifier, visitor: Visitor): Promise<A | Refusal> {
+    const [key, { address }] = [fold(nick), visitor];
     if (!isNick(nick)) return "bad nick";
     if (this.barred.has(key)) return "barred";
     if (this.all.has(key)) return "exists";
     if (this.closed && !this.admitted.has(key)) return "closed";
     if (this.all.size >= LIMITS.accounts) return "often";
-    if (!isLoopback(address) && !this.#births.take(network, LIMITS.newAccounts)) return "often";
-    const keys = typeof secret === "string" ? await this.#queue.run(network, () => deriveKeys(secret)) : undefined;
+    if (!isLoopback(address) && !this.#births.take(networkOf(address), LIMITS.newAccounts)) return "often";
+    const keys = typeof secret === "string"
+      ? await this.#queue.run(visitor, false, () => deriveKeys(secret))
+      : undefined;
     const verifier = keys ? verifierOf(keys) : secret;
     if (typeof verifier === "string") return "often";
     if (this.all.has(key)) return "exists"; // somebody was faster
-    const account = this.#make(nick, verifier);
+    const account = this.#make(nick, verifier, visitor);
     this.all.set(key, account);
     return account;
   }
 
   /** Logs in by a password. */
-  async login(nick: string, password: string, address: string): Promise<A | Refusal> {
+  async login(nick: string, password: string, visitor: Visitor): Promise<A | Refusal> {
     const account = this.find(nick);
     if (!account) return "unknown";
-    const refusal = this.#attempt(account, address);
+    const refusal = this.#attempt(account, visitor.address);
     if (refusal) return refusal;
-    const keys = await this.#queue.run(networkOf(address), () => deriveKeys(password, account.verifier.salt));
+    const keys = await this.#queue.run(visitor, true, () => deriveKeys(password, account.verifier.salt));
     if (!keys) return "often";
     const right = crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
-    return right ? this.#succeed(account, address) : "wrong";
+    return right ? this.#succeed(account, visitor.address) : "wrong";
   }
 
   /** SASL PLAIN (RFC 4616). */
-  async *plain(address: string): Exchange<A> {
+  async *plain(visitor: Visitor): Exchange<A> {
     const [as = "", nick = "", password = ""] = (yield "").split("\0");
     if (!password || (as && fold(as) !== fold(nick))) return { refusal: "wrong" };
-    const result = await this.login(nick, password, address);
+    const result = await this.login(nick, password, visitor);
     return typeof result === "string" ? { refusal: result } : { account: result };
   }
 
   /** SASL SCRAM-SCRYPT-PLUS. */
-  async *scram(address: string, binding: Buffer): Exchange<A> {
+  async *scram({ address }: Visitor, binding: Buffer): Exchange<A> {
     let account: A | undefined;
     const server = scramServer((name) => (account = this.find(name))?.verifier, binding);
     server.next();
@@ -706,8 +728,9 @@ export class Accounts<A extends Account> {
 
   #counts({ nick, networks }: A, address: string): (readonly [string, number])[] {
     const [name, network] = [fold(nick), networkOf(address)];
+    const perAddress = LIMITS.triesPerAddress + this.#perAddress;
     const stranger = networks.has(network) ? [] : [[`${name} *`, LIMITS.triesOfStrangers] as const];
-    return [[`${name} ${network}`, LIMITS.triesPerAccount], [network, LIMITS.triesPerAddress], ...stranger];
+    return [[`${name} ${network}`, LIMITS.triesPerAccount], [network, perAddress], ...stranger];
   }
 }
 /* =====================================================================================================================
@@ -737,6 +760,16 @@ const compare = (event: Event, place: Place) =>
   place.number === undefined ? event.time - place.time : event.number - place.number;
 const byNumber = (one: Event, other: Event) => one.number - other.number;
 const isMessage = ({ kind }: Event) => kind === "PRIVMSG" || kind === "NOTICE" || kind === "TAGMSG";
+/** How many events at the beginning of a list fulfil a condition that no later one does. */
+function leading(list: readonly Event[], fulfils: (event: Event) => boolean): number {
+  let [low, high] = [0, list.length];
+  while (low < high) {
+    const [middle, event] = [(low + high) >> 1, list[(low + high) >> 1]];
+    if (event && fulfils(event)) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
 /** Roughly what an event costs, with its share of everything around it. */
 const sizeOf = ({ text, tags }: Event) =>
   500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
@@ -751,9 +784,14 @@ export class Log {
   }
   /** At most `limit` events between two places, the first or the last of them, oldest first. */
   read(end: "first" | "last", limit: number, presence: boolean, after?: Place, before?: Place): readonly Event[] {
-    const all = presence ? [...this.messages, ...this.presence].sort(byNumber) : this.messages;
-    const behind = after ? all.filter((event) => compare(event, after) > 0) : all;
-    const found = before ? behind.filter((event) => compare(event, before) < 0) : behind;
+    const part = (list: readonly Event[]) => {
+      const from = after ? leading(list, (event) => compare(event, after) <= 0) : 0;
+      const to = before ? leading(list, (event) => compare(event, before) < 0) : list.length;
+      return end === "first"
+        ? list.slice(from, Math.min(to, from + limit))
+        : list.slice(Math.max(from, to - limit), to);
+    };
+    const found = presence ? [...part(this.messages), ...part(this.presence)].sort(byNumber) : part(this.messages);
     return end === "first" ? found.slice(0, limit) : found.slice(Math.max(0, found.length - limit));
   }
 }
@@ -924,7 +962,7 @@ export class Session {
   readonly network: string;
   readonly since = now();
   active = now(); // when it last did something of its own accord
-  heard = now(); // when anything was heard of it last
+  heard = now(); // when bytes of it came last: what was written before, it has read
   asked = false; // a PING has asked since
   closed = false;
   caps = 0; // the capabilities that it asked for
@@ -948,6 +986,8 @@ export class Session {
   #said = ""; // the answers that come after those; they will be written in this turn
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
+  #ended = false; // no more bytes will come
+  quietSince = now(); // nothing came of it since that was not executed at once
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
   #answers: { body: string; tags: readonly Tag[] }[] | undefined; // these answers, if they must
@@ -967,38 +1007,60 @@ export class Session {
     return this.#queued + this.#said.length + this.#peer.pending();
   }
 
+  /** For how long nothing came of it, in ms; not while something that came waits to be executed. */
+  get silentMs(): number {
+    return this.#busy ? 0 : now() - this.quietSince;
+  }
+  /** How long it has to wait until it is within its pace again, in ms. */
+  get early(): number {
+    return Math.max(0, this.pace.until - performance.now() - LIMITS.burstMs);
+  }
+  /** Counts what it did against its pace, in lines. */
+  charge(lines: number): void {
+    const { rate } = this.server.options;
+    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + lines * 1000 / rate;
+  }
+
   /** Takes bytes from the peer. */
   receive(chunk: Buffer): void {
     if (this.closed) return;
     this.heard = now();
     this.asked = false;
+    if (!chunk.includes(10) && !chunk.includes(13)) this.charge(1); // small pieces are no way around the pace
     this.#splitter.push(chunk);
     if (this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood");
     else this.#goOn();
   }
+  /** The peer will send nothing more. The lines that are there are executed nevertheless. */
+  ended(): void {
+    this.#ended = true;
+    this.#goOn();
+  }
   /** Executes lines, unless they wait for their time to come. */
   #goOn(): void {
+    this.quietSince = now();
     if (!this.#timer) this.#run();
   }
   /** Executes the lines that are there, until one has to wait; then nothing more is read meanwhile. */
   #run(): void {
-    this.#timer = undefined;
-    const { rate } = this.server.options;
     const began = performance.now();
     while (!this.closed) {
-      const at = performance.now();
-      const ahead = Math.max(0, this.pace.until - at);
-      const early = Math.max(0, ahead - 5000); // a burst is five seconds ahead
+      const [at, { early }] = [performance.now(), this];
       const late = at - began > LIMITS.turnMs;
       if (this.#busy || this.owed > LIMITS.owedBytes / 4 || early || late) {
-        if (early || late) this.#timer = setTimeout(() => this.#run(), early || 1);
+        if (early || late) this.#timer = setTimeout(() => this.#resume(), early || 1);
         return this.#peer.read(false);
       }
       const split = this.#splitter.next();
-      if (!split) return this.#peer.read(true);
-      this.pace.until = at + ahead + (rate && 1000 / rate);
+      if (!split) return this.#ended ? this.lost("Connection closed", false) : this.#peer.read(true);
+      this.charge(1);
       void this.#execute(split);
+      this.charge((performance.now() - at) / LIMITS.lineMs);
     }
+  }
+  #resume(): void {
+    this.#timer = undefined;
+    this.#goOn();
   }
 
   /** Executes a line. This is the one place where an error in handling a session ends that session, and nothing else. */
@@ -1007,7 +1069,7 @@ export class Session {
       const line = parse(text);
       if (line.command !== "PING" && line.command !== "PONG") this.active = now();
       const [label, once] = [line.tags.get("label"), line.tags.get(ONCE)];
-      this.#label = label && this.has("labeled-response") ? [["label", label]] : [];
+      this.#label = label && label.length <= 64 && this.has("labeled-response") ? [["label", label]] : [];
       if (once && this.welcome) this.#label.push([ONCE, once]);
       this.#answers = this.#label.length ? [] : undefined;
       if (fault === "NUL") return this.close("That is not text");
@@ -1106,7 +1168,7 @@ export class Session {
     }
     this.#written += bytes.length;
     this.#blocked = !this.#peer.write(bytes);
-    if (!this.#blocked && this.#splitter.size > 0) this.#goOn(); // its lines may have waited for this
+    if (!this.#blocked && this.#splitter.size > 0 && !this.#timer) this.#run(); // its lines may have waited for this
   }
   /** The peer is ready for more. */
   drained(): void {
@@ -1118,19 +1180,21 @@ export class Session {
   /** Closes the connection and says why; `atOnce` if that would not be read either. */
   close(reason: string, atOnce = false): void {
     if (this.closed) return;
+    this.#answered();
     this.#say(format("ERROR", [reason]));
-    this.lost(reason, true);
-    this.#blocked = false;
-    this.flush();
-    this.#peer.end(atOnce);
+    this.#end(reason, true, atOnce);
   }
-  /** The connection is over. Unless it was closed it may be taken up again. */
-  lost(reason: string, closed = false): void {
-    if (this.closed) return;
+  /** The connection is lost, or over when everything is written. It may be taken up again. */
+  lost(reason: string, atOnce = true): void {
+    if (!this.closed) this.#end(reason, false, atOnce);
+  }
+  #end(reason: string, closed: boolean, atOnce: boolean): void {
     this.closed = true;
     clearTimeout(this.#timer);
     this.server.left(this, reason, closed);
-    if (!closed) this.#peer.end(true);
+    this.#blocked = false;
+    if (closed || !atOnce) this.flush();
+    this.#peer.end(atOnce);
   }
 }
 
@@ -1138,7 +1202,7 @@ export class Session {
 export class Server {
   readonly options: typeof DEFAULTS;
   readonly started = new Date();
-  readonly accounts = new Accounts((nick, verifier) => new Member(nick, verifier));
+  readonly accounts: Accounts<Member>;
   readonly history: History;
   readonly rooms = new Map<string, Room>(); // by folded name
   readonly sessions = new Set<Session>();
@@ -1153,6 +1217,11 @@ export class Server {
   constructor(options: ServerOptions = {}) {
     const { log = DEFAULTS.log } = options;
     this.options = { ...DEFAULTS, ...options, log: (line) => log(clean(cut(line, 1000))) }; // a terminal may show it
+    const register = (nick: string, verifier: Verifier, { address }: Visitor) => {
+      this.options.log(`${nick} registered from ${address}`);
+      return new Member(nick, verifier);
+    };
+    this.accounts = new Accounts(register, this.options.perAddress);
     this.history = new History(this.options.history);
     this.lobby = this.openRoom(this.options.room);
     if (options.topic) this.lobby.topic = this.happens(this.lobby, "TOPIC", SERVER, options.topic);
@@ -1239,6 +1308,20 @@ export class Server {
     this.rooms.set(fold(name), room);
     return room;
   }
+  closeRoom(room: Room): void {
+    this.rooms.delete(fold(room.name));
+    this.history.forget(room.log);
+  }
+  /** The empty room that will be missed least: one without messages, and of those the one that is empty longest. */
+  dullest(): Room | undefined {
+    const dullness = ({ emptySince, log }: Room) => now() - emptySince - (log.messages.length ? LIMITS.roomIdleMs : 0);
+    let found: Room | undefined;
+    for (const room of this.rooms.values()) {
+      const empty = room !== this.lobby && !room.members.size;
+      if (empty && (!found || dullness(room) > dullness(found))) found = room;
+    }
+    return found;
+  }
   /** Appends to a room's log what somebody did. */
   happens(room: Room, kind: Event["kind"], nick: string, text: string, tags: readonly Tag[] = []): Event {
     return this.history.record(room.log, { kind, nick, target: room.name, text, tags });
@@ -1276,10 +1359,13 @@ export class Server {
   /** Lets a session in if everything is said that has to be, or says what is missing. */
   complete(session: Session): void | Promise<void> {
     const { member, wish, password } = session;
-    if (session.welcome || session.negotiating || session.realName === undefined) return;
+    if (session.closed || session.welcome || session.negotiating || session.realName === undefined) return;
     const { barred } = this.accounts; // the operator may have changed it since the login
     if (member && (barred.has(fold(member.nick)) || this.accounts.find(member.nick) !== member)) {
       return session.close(REFUSALS["barred"]);
+    }
+    if (member && !member.present && session.early) { // it came and went too often
+      return new Promise((later) => setTimeout(later, session.early)).then(() => this.complete(session));
     }
     if (member) return this.#letIn(session, member);
     if (wish && password) return this.#passIn(session, wish, password);
@@ -1296,22 +1382,24 @@ export class Server {
   /** PASS logs in; or it registers the nick, if that is free. */
   async #passIn(session: Session, nick: string, password: string): Promise<void> {
     session.password = "";
-    let result = await this.accounts.login(nick, password, session.address);
+    let result = await this.accounts.login(nick, password, session);
     const fresh = result === "unknown" && !session.mechanism;
-    if (fresh) result = await this.accounts.register(nick, password, session.address);
+    if (fresh) result = await this.accounts.register(nick, password, session);
     if (session.closed) return;
     if (typeof result === "string") {
       session.numeric("464", REFUSALS[result]);
       return this.refuse(session, nick, result);
     }
-    this.admit(session, result, fresh);
+    session.mechanism = "PASS";
+    this.admit(session, result);
     if (fresh) session.reply("NOTICE", result.nick, `${result.nick} is registered now, with this password`);
     return this.complete(session);
   }
   /** A session has shown who it is. */
-  admit(session: Session, member: Member, fresh: boolean): void {
+  admit(session: Session, member: Member): void {
     session.member = member;
-    this.options.log(`${member.nick} ${fresh ? "registered and " : ""}logged in from ${session.address}`);
+    session.pace = member.pace;
+    this.options.log(`${member.nick} logged in from ${session.address}`);
   }
   /** Somebody was not let in; too many wrong passwords end the connection. */
   refuse(session: Session, nick: string, why: Refusal): void {
@@ -1323,21 +1411,24 @@ export class Server {
     if (this.#failures.take(networkOf(address), LIMITS.failures)) this.options.log(`${what} from ${address}: ${why}`);
   }
   #letIn(session: Session, member: Member): void {
-    const since = { time: member.reachedAt - 1 };
-    const logs = member.sessions.size ? [] : [...member.talks.values()]; // somebody is there to read them
-    const missed = logs.flatMap((log) => log.read("last", LIMITS.missed, false, since)).sort(byNumber);
+    // Another session that is thought to be there may have lost its connection since it was heard.
+    const since = { time: Math.max(member.reachedAt, ...[...member.sessions].map(({ heard }) => heard)) - 1 };
+    const missed = [...member.talks.values()].flatMap((log) => log.read("last", LIMITS.missed, false, since))
+      .sort(byNumber);
     member.sessions.add(session);
     member.realName = session.realName || member.realName || member.nick;
     const arrives = !member.present;
     member.present = session.welcome = true;
-    session.pace = member.pace;
     greet(session);
     for (const room of member.rooms) { // a further session, or one that takes up a lost connection
       const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
       session.answer(format("JOIN", params, source(member.nick)));
       tellRoom(session, room);
     }
-    if (arrives) this.join(member, this.lobby, session);
+    if (arrives) {
+      session.charge(LIMITS.entryLines);
+      this.join(member, this.lobby, session);
+    }
     if (this.options.warning) session.reply("NOTICE", member.nick, this.options.warning);
     const toMe = missed.filter(({ target }) => fold(target) === fold(member.nick));
     let bytes = 0; // the latest of them, as many as one can be owed; the others are in the history
@@ -1350,9 +1441,10 @@ export class Server {
     this.sessions.delete(session);
     const { member, address } = session;
     if (member) this.options.log(`${member.nick} left from ${address}: ${reason}`);
-    if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
+    if (!member?.sessions.delete(session)) return;
+    member.reachedAt = Math.max(member.reachedAt, session.heard);
+    if (member.sessions.size > 0) return;
     member.leftAt = now();
-    member.reachedAt = closed ? member.leftAt : session.heard;
     if (closed) this.#leave(member, reason);
   }
   #leave(member: Member, reason: string): void {
@@ -1381,7 +1473,7 @@ export class Server {
   /** Does what is due; to be called once a second. */
   sweep(): void {
     for (const session of this.sessions) {
-      const [silent, age] = [now() - session.heard, now() - session.since];
+      const [silent, age] = [session.silentMs, now() - session.since];
       if (!session.welcome) {
         if (silent > LIMITS.silenceMs || age > LIMITS.strangerMs) session.close("You did not log in in time");
       } else if (silent > 2 * LIMITS.pingMs) session.lost("Ping timeout");
@@ -1394,9 +1486,9 @@ export class Server {
       const gone = member.present && !member.sessions.size && now() - member.leftAt > LIMITS.lingerMs;
       if (gone) this.#leave(member, "Connection lost");
     }
-    for (const [key, room] of this.rooms) {
+    for (const room of this.rooms.values()) {
       const idle = room !== this.lobby && !room.members.size && now() - room.emptySince > LIMITS.roomIdleMs;
-      if (idle && this.rooms.delete(key)) this.history.forget(room.log);
+      if (idle) this.closeRoom(room);
     }
   }
 
@@ -1543,7 +1635,9 @@ function whois(session: Session, params: readonly string[]): void {
   session.numeric("318", name, "End of /WHOIS list");
 }
 
-const list = (text: string) => text.split(",").filter(Boolean).slice(0, LIMITS.targets);
+/** The names in a list, each once. */
+const list = (text: string) =>
+  [...new Map(text.split(",").filter(Boolean).map((name) => [fold(name), name])).values()].slice(0, LIMITS.targets);
 
 /** A text of its own: a part of a line would keep the whole line in memory. */
 const copied = (text: string) => Buffer.from(text).toString();
@@ -1565,7 +1659,7 @@ function say(session: Session, [targets = "", words = ""]: readonly string[], { 
     } else if (room) refuse("404", room.name, "Cannot send to channel");
     else if (other) {
       const happened = { kind, nick: member.nick, target: other.nick, text, tags };
-      const event = server.history.record(member.talkWith(other), happened);
+      const event = server.history.record(kind === "TAGMSG" ? new Log() : member.talkWith(other), happened);
       server.deliver(event, new Set([member, other]), session);
       if (other === member) session.tell(event); // besides the echo, if there is one: it is also the one that is told
       if (kind !== "PRIVMSG") continue;
@@ -1638,8 +1732,8 @@ function historyTargets(session: Session, one: number, other: number, limit: num
 
 /** The mechanisms of SASL, the better one first. */
 const MECHANISMS: Readonly<Partial<Record<string, (session: Session) => Exchange<Member>>>> = {
-  "SCRAM-SCRYPT-PLUS": ({ server, address }) => server.accounts.scram(address, server.options.binding),
-  "PLAIN": ({ server, address }) => server.accounts.plain(address),
+  "SCRAM-SCRYPT-PLUS": (session) => session.server.accounts.scram(session, session.server.options.binding),
+  "PLAIN": (session) => session.server.accounts.plain(session),
 };
 
 /** AUTHENTICATE: begins an exchange, breaks it off, or brings a piece of a message (IRCv3 sasl-3.2). */
@@ -1649,8 +1743,9 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
   session.received = "";
   if (text === "*") return session.numeric("906", "SASL authentication aborted");
   if (!exchange) {
-    session.mechanism = text.toUpperCase();
-    session.exchange = MECHANISMS[session.mechanism]?.(session);
+    const mechanism = text.toUpperCase();
+    if (!session.member) session.mechanism = mechanism;
+    session.exchange = MECHANISMS[mechanism]?.(session);
     await session.exchange?.next("");
     if (session.exchange) return session.answer("AUTHENTICATE +");
     session.numeric("908", Object.keys(MECHANISMS).join(","), "are available SASL mechanisms");
@@ -1676,7 +1771,7 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
       ? `${member.nick} told us the password; scrypt made it fit the verifier`
       : `${member.nick} and we proved to each other that we know the password, for this certificate, and told it neither way`,
   );
-  if (!session.member) session.server.admit(session, member, false);
+  if (!session.member) session.server.admit(session, member);
   session.numeric("900", source(member.nick), member.nick, `You are now logged in as ${member.nick}`);
   session.numeric("903", "SASL authentication successful");
   return session.server.complete(session);
@@ -1684,7 +1779,7 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
 
 /** REGISTER: makes an account before connecting, of a password or of a verifier (IRCv3 draft/account-registration). */
 async function register(session: Session, [name = "", email, secret = ""]: readonly string[]): Promise<void> {
-  const { server, wish, address } = session;
+  const { server, wish } = session;
   const fail = (code: string, text: string) => session.reply("FAIL", "REGISTER", code, name, text);
   if (session.member) return fail("ALREADY_AUTHENTICATED", "You are logged in");
   if (!wish) return fail("NEED_NICK", "Send NICK first");
@@ -1694,15 +1789,15 @@ async function register(session: Session, [name = "", email, secret = ""]: reado
   if (verifier === "bad" || !secret || secret.length > LIMITS.password) {
     return fail("UNACCEPTABLE_PASSWORD", "This is neither a password nor a verifier as all are here");
   }
-  const result = await server.accounts.register(wish, verifier ?? secret, address);
+  const result = await server.accounts.register(wish, verifier ?? secret, session);
   if (session.closed) return;
   if (typeof result === "string") {
     const codes: Partial<Record<Refusal, string>> = { "exists": "ACCOUNT_EXISTS", "bad nick": "BAD_ACCOUNT_NAME" };
     return fail(codes[result] ?? "TEMPORARILY_UNAVAILABLE", REFUSALS[result]);
   }
   session.reply("REGISTER", "SUCCESS", wish, "Account registered");
-  if (verifier) return server.options.log(`${wish} registered from ${address}`);
-  server.admit(session, result, true);
+  if (verifier) return;
+  server.admit(session, result);
   session.numeric("900", source(wish), wish, `You are now logged in as ${wish}`);
   return server.complete(session);
 }
@@ -1777,12 +1872,17 @@ function joinRooms(session: Session, [names = ""]: readonly string[]): void {
   if (names === "0") return [...member.rooms].forEach((room) => server.part(member, room, "", session));
   for (const name of list(names)) {
     const room = server.rooms.get(fold(name));
+    const dullest = !room && server.rooms.size >= LIMITS.rooms ? server.dullest() : undefined;
     if (room && member.rooms.has(room)) continue;
     if (!isRoom(name)) session.numeric("476", name, `A room is # and ${LIMITS.room} bytes at most, no space, no comma`);
     else if (member.rooms.size >= LIMITS.roomsPerMember) {
       session.numeric("405", name, "You have joined too many channels");
-    } else if (!room && server.rooms.size >= LIMITS.rooms) session.numeric("437", name, "There are too many channels");
-    else server.join(member, room ?? server.openRoom(name), session);
+    } else if (!room && server.rooms.size >= LIMITS.rooms && !dullest) {
+      session.numeric("437", name, "There are too many channels");
+    } else {
+      if (dullest) server.closeRoom(dullest);
+      server.join(member, room ?? server.openRoom(name), session);
+    }
   }
 }
 
@@ -2062,10 +2162,12 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
     },
   });
   socket.setNoDelay(true);
+  socket.allowHalfOpen = true;
   socket.on("data", (chunk: Buffer) => {
     explain?.(`${who} read ${recorded(chunk.length)}`);
     session.receive(chunk);
   });
+  socket.on("end", () => session.ended());
   socket.on("drain", () => session.drained());
   socket.on("error", (error) => session.lost(error.message));
   socket.on("close", () => session.lost("Connection closed"));

@@ -166,10 +166,18 @@ function quickScrypt(t: TestContext): void {
   );
 }
 
+/** Somebody at an address. */
+const from = (address: string, closed = false) => ({ address, closed });
+
+const PER_ADDRESS = 5;
+
 /** A map of accounts with one that was registered at home. */
 async function accounts() {
-  const all = new chat.Accounts((nick, verifier) => ({ nick, verifier, networks: new Set<string>() }));
-  const home = "10.0.0.1";
+  const all = new chat.Accounts(
+    (nick, verifier) => ({ nick, verifier, networks: new Set<string>() }),
+    PER_ADDRESS,
+  );
+  const home = from("10.0.0.1");
   await all.register("ana", chat.verifierOf(await chat.deriveKeys("right")), home);
   await all.login("ana", "right", home);
   return { all, home };
@@ -178,9 +186,9 @@ async function accounts() {
 test("guessing is slow: after ten tries from one address there are no more for it", async () => {
   const { all, home } = await accounts();
   for (let tries = 0; tries < chat.LIMITS.triesPerAccount; tries++) {
-    assert.equal(await all.login("ana", "wrong", "10.0.0.2"), "wrong");
+    assert.equal(await all.login("ana", "wrong", from("10.0.0.2")), "wrong");
   }
-  assert.equal(await all.login("ana", "right", "10.0.0.2"), "often");
+  assert.equal(await all.login("ana", "right", from("10.0.0.2")), "often");
   assert.equal(typeof await all.login("ana", "right", home), "object", "the owner is not locked out");
 });
 
@@ -189,11 +197,12 @@ test("an address that tries many accounts is told to wait, whichever it tries", 
   const { all } = await accounts();
   const verifier = chat.verifierOf(await chat.deriveKeys("x"));
   const each = chat.LIMITS.triesPerAccount - 1;
-  for (let at = 0; at <= chat.LIMITS.triesPerAddress; at++) {
+  const limit = chat.LIMITS.triesPerAddress + PER_ADDRESS;
+  for (let at = 0; at <= limit; at++) {
     const nick = `n${Math.floor(at / each)}`;
-    await all.register(nick, { ...verifier, storedKey: Buffer.alloc(32, 1) }, "127.0.0.1");
-    const result = await all.login(nick, "wrong", "10.0.0.2");
-    assert.equal(result, at < chat.LIMITS.triesPerAddress ? "wrong" : "often");
+    await all.register(nick, { ...verifier, storedKey: Buffer.alloc(32, 1) }, from("127.0.0.1"));
+    const result = await all.login(nick, "wrong", from("10.0.0.2"));
+    assert.equal(result, at < limit ? "wrong" : "often");
   }
 });
 
@@ -202,7 +211,7 @@ test("strangers all over the world cannot lock the owner out", async (t) => {
   quickScrypt(t);
   const tries = chat.LIMITS.triesOfStrangers;
   for (let at = 0; at < tries + 5; at++) {
-    const result = await all.login("ana", "wrong", `192.0.2.${at}`);
+    const result = await all.login("ana", "wrong", from(`192.0.2.${at}`));
     assert.equal(result, at < tries ? "wrong" : "often");
   }
   t.mock.restoreAll();
@@ -222,12 +231,29 @@ test("somebody who hashes without end lets the others have their turns", async (
   const order: string[] = [];
   const greedy = Array.from(
     { length: 30 },
-    (_, at) => all.register(`g${at}`, "x", "127.0.0.1").then(() => order.push("greedy")),
+    (_, at) => all.register(`g${at}`, "x", from("127.0.0.1")).then(() => order.push("greedy")),
   );
-  const modest = all.register("modest", "x", "10.0.0.9").then(() => order.push("modest"));
+  const modest = all.register("modest", "x", from("10.0.0.9")).then(() => order.push("modest"));
   await modest;
   assert.ok(order.indexOf("modest") < 6, `came as number ${order.indexOf("modest")}`);
   await Promise.all(greedy);
+});
+
+test("who is gone is passed over, and a login does not wait for registrations", async (t) => {
+  quickScrypt(t);
+  const { all, home } = await accounts();
+  const order: string[] = [];
+  const gone = { address: "127.0.0.1", closed: false };
+  for (let at = 0; at < 50; at++) void all.register(`gone${at}`, "x", gone).then(() => order.push("gone"));
+  const others = Array.from(
+    { length: 50 },
+    (_, at) => all.register(`other${at}`, "x", from(`10.0.1.${at}`)).then(() => order.push("other")),
+  );
+  gone.closed = true;
+  const login = all.login("ana", "right", home).then(() => order.push("login"));
+  await Promise.all([login, ...others]);
+  assert.deepEqual(order.slice(0, 3), ["gone", "gone", "login"], "two were running");
+  assert.deepEqual([...new Set(order.slice(3))], ["other"]);
 });
 
 test("an address can make only so many accounts in an hour, and can queue only so many hashings", async (t) => {
@@ -235,11 +261,11 @@ test("an address can make only so many accounts in an hour, and can queue only s
   quickScrypt(t);
   const verifier = chat.verifierOf(await chat.deriveKeys("x"));
   for (let at = 0; at < chat.LIMITS.newAccounts; at++) {
-    assert.equal(typeof await all.register(`n${at}`, verifier, "10.0.0.7"), "object");
+    assert.equal(typeof await all.register(`n${at}`, verifier, from("10.0.0.7")), "object");
   }
-  assert.equal(await all.register("late", verifier, "10.0.0.7"), "often");
-  assert.equal(typeof await all.register("late", verifier, "10.0.0.8"), "object");
-  const many = Array.from({ length: 200 }, (_, at) => all.register(`q${at}`, "x", "127.0.0.1"));
+  assert.equal(await all.register("late", verifier, from("10.0.0.7")), "often");
+  assert.equal(typeof await all.register("late", verifier, from("10.0.0.8")), "object");
+  const many = Array.from({ length: 200 }, (_, at) => all.register(`q${at}`, "x", from("127.0.0.1")));
   const made = (await Promise.all(many)).filter((one) => one !== "often").length;
   assert.equal(made, chat.LIMITS.scryptQueue + chat.LIMITS.scrypts);
 });
@@ -247,6 +273,8 @@ test("an address can make only so many accounts in an hour, and can queue only s
 test("there are only so many accounts in all", async () => {
   const { all } = await accounts();
   const verifier = chat.verifierOf(await chat.deriveKeys("x"));
-  for (let at = all.all.size; at < chat.LIMITS.accounts; at++) await all.register(`m${at}`, verifier, "127.0.0.1");
-  assert.equal(await all.register("onemore", verifier, "127.0.0.1"), "often");
+  for (let at = all.all.size; at < chat.LIMITS.accounts; at++) {
+    await all.register(`m${at}`, verifier, from("127.0.0.1"));
+  }
+  assert.equal(await all.register("onemore", verifier, from("127.0.0.1")), "often");
 });

@@ -1,6 +1,7 @@
 // Peers that mean no good, or mean nothing at all: others notice none of it.
 // FUZZ_SECONDS and FUZZ_SEED let the fuzzer run for longer, or the same way again.
 import assert from "node:assert/strict";
+import crypto from "node:crypto";
 import fs from "node:fs";
 import net from "node:net";
 import { mock, test, type TestContext } from "node:test";
@@ -20,6 +21,7 @@ class Wire implements chat.Peer {
   readonly keeps: boolean;
   out = "";
   ended = false;
+  flowing = true;
   constructor(server: chat.Server, keeps = false) {
     this.keeps = keeps;
     this.session = server.open(this);
@@ -31,7 +33,9 @@ class Wire implements chat.Peer {
   pending(): number {
     return 0;
   }
-  read(): void {}
+  read(flowing: boolean): void {
+    this.flowing = flowing;
+  }
   end(): void {
     this.ended = true;
   }
@@ -296,7 +300,7 @@ test("what a newcomer is told comes in small pieces, whole and in order, also if
   const server = new chat.Server({ rate: 0 });
   const nicks = Array.from({ length: 200 }, (_, at) => `somebody_called_${at}`);
   for (const nick of nicks) {
-    const member = await server.accounts.register(nick, "secret", "127.0.0.1");
+    const member = await server.accounts.register(nick, "secret", { address: "127.0.0.1", closed: false });
     if (typeof member !== "string") server.lobby.members.add(member);
   }
   for (const [more, end] of [["PING last", /PONG chat\.server last\r\n/], ["QUIT", /ERROR :Quit\r\n$/]] as const) {
@@ -325,13 +329,135 @@ test("one whose lines come without end, and without a limit on the rate, takes t
   await until(() => answers() === count, () => `${answers()} answers`);
 });
 
+/** Somebody without a socket who is in. */
+async function inside(server: chat.Server, nick: string): Promise<{ wire: Wire; member: chat.Member }> {
+  const wire = new Wire(server, true);
+  wire.send("PASS secret", `NICK ${nick}`, "USER x 0 * :x");
+  await wire.wait(new RegExp(` 366 ${nick} `));
+  const member = server.accounts.find(nick);
+  assert.ok(member);
+  return { wire, member };
+}
+
+/** How many seconds a member is ahead of its pace. */
+const ahead = ({ pace }: chat.Member) => (pace.until - performance.now()) / 1000;
+
+test("time counts as well: a line that takes long to execute costs as much as many", async (t) => {
+  const server = new chat.Server({ rate: 10 });
+  const { wire, member } = await inside(server, "ana");
+  const { VERSION } = chat.COMMANDS;
+  assert.ok(VERSION);
+  t.mock.method(VERSION, "run", () => {
+    for (const end = performance.now() + 20; performance.now() < end;);
+  });
+  const before = ahead(member);
+  wire.send("VERSION");
+  await until(() => ahead(member) > before, () => "it was not executed");
+  assert.ok(ahead(member) - before > 1.9, "20 ms of executing are worth 20 lines, which are two seconds");
+});
+
+test("pieces of lines cost as much as lines", async () => {
+  const server = new chat.Server({ rate: 10 });
+  const { wire } = await inside(server, "ana");
+  for (let at = 0; at < 50 && wire.flowing; at++) wire.session.receive(Buffer.from("x"));
+  assert.equal(wire.flowing, false);
+  await until(() => wire.flowing, () => "it is never read again");
+});
+
+test("who comes and goes all the time has to wait before it enters again", async () => {
+  const server = new chat.Server({ rate: 100 });
+  const { wire: witness } = await inside(server, "witness");
+  const { member } = await inside(server, "ana");
+  for (const session of [...member.sessions]) session.close("out");
+  member.pace.until = performance.now() + LIMITS.burstMs + 300;
+  const again = new Wire(server, true);
+  again.send("PASS secret", "NICK ana", "USER x 0 * :x");
+  await until(() => again.session.member !== undefined, () => "it is not logged in");
+  await witness.sync();
+  assert.deepEqual([again.session.welcome, member.present], [false, false]);
+  await again.wait(/ 366 ana /);
+  assert.ok(ahead(member) > LIMITS.burstMs / 1000, "and this time cost something, too");
+});
+
+test("who waits for the execution of its lines is not taken for lost", async () => {
+  const server = new chat.Server({ rate: 10 });
+  const { wire } = await inside(server, "ana");
+  wire.send(...Array.from({ length: 70 }, (_, at) => `PING ${at}`));
+  await until(() => !wire.flowing, () => "it need not wait");
+  wire.session.quietSince -= 3 * LIMITS.pingMs;
+  await wire.wait(/PONG chat\.server 69\r\n/);
+  server.sweep();
+  assert.equal(wire.ended, false);
+});
+
+test("a password is hashed for as long as it takes, which is no silence", async (t) => {
+  const server = new chat.Server();
+  let hashed = () => {};
+  t.mock.method(crypto, "scrypt", (...args: unknown[]) => {
+    hashed = () => (args.at(-1) as (error: null, key: Buffer) => void)(null, Buffer.alloc(32));
+  });
+  const log = t.mock.method(server.options, "log");
+  const [wire, gone] = [new Wire(server, true), new Wire(server)];
+  wire.send("PASS secret", "NICK ana", "USER x 0 * :x");
+  await until(() => hashed.name !== "", () => "nothing is hashed");
+  wire.session.quietSince -= 2 * LIMITS.silenceMs;
+  server.sweep();
+  assert.equal(wire.ended, false);
+  hashed();
+  await wire.wait(/ 366 ana /);
+  gone.send("PASS secret", "NICK bo", "USER x 0 * :x");
+  await turn();
+  gone.session.close("gone");
+  hashed();
+  await until(() => server.accounts.find("bo") !== undefined, () => "bo is not registered");
+  assert.ok(
+    log.mock.calls.some(({ arguments: [text] }) => text === "bo registered from 127.0.0.1"),
+    "the log tells it",
+  );
+});
+
+test("tags that are sent to nicks leave nothing behind, nor does an account that is forgotten", async () => {
+  const server = new chat.Server({ rate: 0 });
+  const [{ wire, member: ana }, { member: bo }] = [await inside(server, "ana"), await inside(server, "bo")];
+  wire.send("@+typing=active TAGMSG bo");
+  await wire.sync();
+  assert.deepEqual([ana.talks.size, bo.talks.size], [0, 0]);
+  wire.send("PRIVMSG bo :hi");
+  await wire.sync();
+  assert.deepEqual([ana.talks.size, bo.talks.size], [1, 1]);
+  server.forget(bo);
+  assert.equal(ana.talks.size, 0);
+});
+
+test("a new verifier is taken from who is in by SCRAM, not from who tried it", async () => {
+  const server = new chat.Server({ rate: 0 });
+  await inside(server, "ana");
+  const wire = new Wire(server, true);
+  wire.send("AUTHENTICATE SCRAM-SCRYPT-PLUS", "AUTHENTICATE *", "PASS secret", "NICK ana", "USER x 0 * :x");
+  await wire.wait(/ 366 ana /);
+  wire.send("AUTHENTICATE SCRAM-SCRYPT-PLUS", "AUTHENTICATE *");
+  const verifier = chat.formatVerifier(chat.verifierOf(await chat.deriveKeys("other")));
+  wire.send(`PASS ${verifier}`);
+  await wire.wait(/ 462 ana :You may not reregister\r\n/);
+});
+
+for (const runtime of ["binary", "node", "deno"] as const) {
+  test(`who ends its side after its last line has all its lines executed, and gets the answers (${runtime})`, async (t) => {
+    const { port } = await serveProcess(t, ["--rate", "20"], { runtime });
+    const witness = await enter(t, port, "witness");
+    const irc = await dial(t, port);
+    irc.send("PASS secret", "NICK ana", "USER x 0 * :x", "PRIVMSG #chat :first");
+    for (let at = 0; at < 100; at++) irc.send(`PING ${at}`); // which is more than a burst
+    irc.socket.end("PRIVMSG #chat :last\r\n");
+    await irc.wait(/PONG chat\.server 99\r\n/);
+    await irc.closed;
+    await witness.wait(/PRIVMSG #chat :first\r\n[\s\S]*PRIVMSG #chat :last\r\n/);
+  });
+}
+
 test("of private messages to the absent so many are told on return, and the latest of them", async () => {
   const server = new chat.Server({ rate: 0 });
-  const [ana, bo] = [new Wire(server, true), new Wire(server, true)];
-  for (const [nick, wire] of [["ana", ana], ["bo", bo]] as const) {
-    wire.send("PASS secret", `NICK ${nick}`, "USER x 0 * :x");
-    await wire.wait(new RegExp(` 366 ${nick} `));
-  }
+  const [{ wire: ana }, { wire: bo }] = [await inside(server, "ana"), await inside(server, "bo")];
   bo.send("QUIT");
   for (let at = 1; at <= LIMITS.missed + 5; at++) ana.send(`PRIVMSG bo :${at}`);
   await ana.sync(); // else some may be said after the return
@@ -427,6 +553,8 @@ test("who stops reading costs a mebibyte, then goes, with a reason; the others h
   assert.ok(sleeper && ana && bo);
   sleep(sleeper);
   let most = 0;
+  while (Date.now() <= Math.max(...[...server.sessions].map(({ heard }) => heard))) await turn();
+  bo.send("PRIVMSG sleeper :it did not read this");
   for (let at = 0; log.every((text) => !/^sleeper left .*: Not reading$/.test(text)); at++) {
     for (let many = 0; many < 100; many++) bo.send(`PRIVMSG #chat :${at}.${many} ${"x".repeat(400)}`);
     await bo.sync();
@@ -434,6 +562,8 @@ test("who stops reading costs a mebibyte, then goes, with a reason; the others h
     most = Math.max(most, ...[...server.sessions].map(({ owed }) => owed));
   }
   assert.ok(most > LIMITS.owedBytes / 2 && most < LIMITS.owedBytes * 1.1, `${most} bytes were owed`);
+  const back = await enter(t, port, "sleeper");
+  await back.wait(/PRIVMSG sleeper :it did not read this\r\n/);
 });
 
 // ---- Connections that break

@@ -389,10 +389,12 @@ test("a message can go to several targets, but not to a crowd of them", async (t
   await bo.wait(/PRIVMSG bo :all of you\r\n/);
   await cy.wait(/PRIVMSG cy :all of you\r\n/);
   await cy.wait(/PRIVMSG #chat :all of you\r\n/);
-  ana.send(`PRIVMSG ${Array(20).fill("bo").join(",")} :again`);
+  ana.send(`PRIVMSG ${Array.from({ length: 20 }, (_, at) => `nobody${at}`).join(",")} :again`);
+  assert.equal(lines(await ana.sync(), / 401 ana nobody/).length, chat.LIMITS.targets);
+  ana.send("PRIVMSG bo,BO,bo :once");
   await ana.sync();
   await bo.sync();
-  assert.equal(lines(bo.all, /PRIVMSG bo :again/).length, chat.LIMITS.targets);
+  assert.equal(lines(bo.all, /PRIVMSG bo :once/).length, 1);
 });
 
 test("what one says to oneself arrives, and is echoed besides", async (t) => {
@@ -603,7 +605,7 @@ test("who does not log in in time is let go", async (t) => {
   await irc.sync();
   const session = [...server.sessions][0];
   assert.ok(session);
-  session.heard -= chat.LIMITS.silenceMs + 1;
+  session.quietSince -= chat.LIMITS.silenceMs + 1;
   server.sweep();
   await irc.wait(/ERROR :You did not log in in time\r\n/);
   await irc.closed;
@@ -613,14 +615,14 @@ test("a silent member is asked by PING, stays if it answers, and is lost if it d
   const { ana, bo, server } = await two(t);
   const session = [...server.sessions].find((one) => one.nick === "bo");
   assert.ok(session);
-  session.heard -= chat.LIMITS.pingMs + 1;
+  session.quietSince -= chat.LIMITS.pingMs + 1;
   server.sweep();
   await bo.wait(/PING chat\.server\r\n/);
   bo.send("PONG x");
   await bo.sync();
   server.sweep();
   await bo.sync();
-  session.heard -= 2 * chat.LIMITS.pingMs + 1;
+  session.quietSince -= 2 * chat.LIMITS.pingMs + 1;
   server.sweep();
   await bo.closed;
   const member = server.accounts.find("bo");
@@ -690,6 +692,17 @@ test("private messages to somebody who is away from the server are handed over o
   assert.doesNotMatch(await again.sync(), /PRIVMSG/);
 });
 
+test("what a lost connection may not have read is handed over, though nobody has noticed the loss yet", async (t) => {
+  const { port, ana, server } = await two(t);
+  ana.send("PRIVMSG bo :lost on the way");
+  await ana.sync();
+  const session = [...server.sessions].find((one) => one.nick === "bo");
+  assert.ok(session);
+  session.heard -= 1000; // when it was there still
+  const back = await enter(t, port, "bo");
+  await back.wait(/PRIVMSG bo :lost on the way\r\n/);
+});
+
 // ---- Tags, labels, batches
 
 test("client-only tags are relayed to those who know tags, others are not", async (t) => {
@@ -727,6 +740,10 @@ test("a labelled line is answered by one labelled line, a batch of several, or a
   await irc.wait(/^@label=six :chat\.server BATCH \+(\S+) chathistory #chat\r\n@batch=/m);
   irc.send("@label=seven NONSENSE");
   await irc.wait(/^@label=seven :chat\.server 421 /m);
+  irc.send(`@label=${"x".repeat(65)} PING long`);
+  await irc.wait(/^:chat\.server PONG chat\.server long\r\n/m);
+  irc.send("@label=eight QUIT");
+  await irc.wait(/^@label=eight :chat\.server ACK\r\nERROR :Quit\r\n/m);
 });
 
 test("a numbered line is executed once, however often it is sent", async (t) => {
@@ -943,9 +960,31 @@ test("a member can be in so many rooms, and there are so many rooms", async (t) 
   for (let at = 1; at < chat.LIMITS.roomsPerMember; at++) ana.send(`JOIN #r${at}`);
   ana.send("JOIN #toomany");
   await ana.wait(/ 405 ana #toomany /);
-  for (let at = server.rooms.size; at < chat.LIMITS.rooms; at++) server.openRoom(`#o${at}`);
-  ana.send("PART #r1", "JOIN #onemore");
-  await ana.wait(/ 437 ana #onemore /);
+  const bo = await server.accounts.register("bo", "secret", { address: "127.0.0.1", closed: false });
+  assert.ok(typeof bo !== "string");
+  for (let at = server.rooms.size; at < chat.LIMITS.rooms; at++) server.openRoom(`#o${at}`).members.add(bo);
+  ana.send("PART #r1", "JOIN #one");
+  await ana.wait(/ 366 ana #one /);
+  assert.equal(server.rooms.has("#r1"), false, "an empty room makes place");
+  server.rooms.get("#r2")?.members.add(bo);
+  ana.send("PART #r2", "JOIN #two");
+  await ana.wait(/ 437 ana #two /);
+});
+
+test("of too many rooms the empty ones go, those first in which nothing was said", () => {
+  const server = new chat.Server();
+  const [said, silent, busy] = ["#said", "#silent", "#busy"].map((name) => server.openRoom(name));
+  assert.ok(said && silent && busy);
+  server.happens(said, "PRIVMSG", "ana", "something");
+  busy.members.add(
+    new chat.Member("ana", { salt: Buffer.alloc(0), storedKey: Buffer.alloc(0), serverKey: Buffer.alloc(0) }),
+  );
+  said.emptySince -= 1000;
+  for (const room of [silent, said]) {
+    assert.equal(server.dullest(), room);
+    server.closeRoom(room);
+  }
+  assert.equal(server.dullest(), undefined);
 });
 
 test("history is bounded in bytes, and what is longest without a message goes first", () => {

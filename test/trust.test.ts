@@ -468,7 +468,7 @@ test("who thinks longer than the server waits is connected anew without a word",
   await ana.wait(/Password:$/);
   const [session] = server.sessions;
   assert.ok(session);
-  session.heard -= LIMITS.silenceMs + 1;
+  session.quietSince -= LIMITS.silenceMs + 1;
   server.sweep();
   assert.equal(server.sessions.size, 0);
   ana.enter("secret");
