@@ -2244,17 +2244,18 @@ export function cells(text: string): number {
   return graphemes(text).reduce((sum, one) => sum + (WIDE.test(one) ? 2 : /^[\p{M}\p{Cf}]/u.test(one) ? 0 : 1), 0);
 }
 
-/** Puts graphemes into rows of at most `width` cells. */
-function rowsOf(text: string, width: number): string[] {
-  const rows = [""];
+/** Puts what one sees as characters into pieces that measure at most `most` each. */
+function pieces(chars: readonly string[], most: number, measure: (char: string) => number): string[] {
+  const found = [""];
   let used = 0;
-  for (const one of graphemes(text)) {
-    if (used + cells(one) > width) used = rows.push("") * 0;
-    rows[rows.length - 1] += one;
-    used += cells(one);
+  for (const one of chars) {
+    if (used + measure(one) > most) used = found.push("") * 0;
+    found[found.length - 1] += one;
+    used += measure(one);
   }
-  return rows;
+  return found;
 }
+const rowsOf = (text: string, width: number) => pieces(graphemes(text), width, cells);
 
 /**
  * Breaks a text into rows of at most `width` cells: between words, and within one that is longer than a row. But a link
@@ -2990,7 +2991,9 @@ class Client {
     const to = target || this.room?.name || this.wanted;
     if (!to && this.#roomless) return this.screen.note("you are in no room: /join #ROOM enters one");
     const space = LIMITS.bodyBytes - 2 - Buffer.byteLength(`:${this.#mask} ${command} ${to} :${around("")}`);
-    for (const piece of pieces(text.replace(/[\0\r\n]/g, " "), space)) {
+    const bytes = (char: string) => Buffer.byteLength(char);
+    const chars = graphemes(text.replace(/[\0\r\n]/g, " ")).flatMap((one) => bytes(one) > space ? [...one] : [one]);
+    for (const piece of pieces(chars, space, bytes)) {
       if (this.#outbox.size >= LIMITS.outbox && this.screen.kind !== "pipe") {
         return this.screen.note("too much waits; dropped");
       }
@@ -3297,18 +3300,6 @@ class Client {
     this.#newKeys = await deriveKeys(password);
     this.link.send("PASS", [formatVerifier(verifierOf(this.#newKeys))]);
   }
-}
-
-/** Splits a text into pieces of at most so many bytes, between what one sees as characters. */
-function pieces(text: string, bytes: number): string[] {
-  const found = [""];
-  let used = 0;
-  for (const one of graphemes(text).flatMap((whole) => Buffer.byteLength(whole) > bytes ? [...whole] : [whole])) {
-    if (used + Buffer.byteLength(one) > bytes) used = found.push("") * 0;
-    found[found.length - 1] += one;
-    used += Buffer.byteLength(one);
-  }
-  return found;
 }
 
 /** The known word that is nearest to another: by the letters to insert, remove or replace. */
