@@ -1207,6 +1207,7 @@ export class Server {
   readonly rooms = new Map<string, Room>(); // by folded name
   readonly sessions = new Set<Session>();
   readonly lobby: Room; // where everybody lands
+  readonly #empty = { silent: new Set<Room>(), spoken: new Set<Room>() }; // the other rooms, the longest empty first
   #owing: Session[] = []; // who has something in the queue
   #gathered = 0; // events that wait in the queues
   #flushedAt = 0;
@@ -1310,23 +1311,24 @@ export class Server {
   }
   closeRoom(room: Room): void {
     this.rooms.delete(fold(room.name));
+    this.#noLongerEmpty(room);
     this.history.forget(room.log);
   }
-  /** The empty room that will be missed least: one without messages, and of those the one that is empty longest. */
-  dullest(): Room | undefined {
-    const dullness = ({ emptySince, log }: Room) => now() - emptySince - (log.messages.length ? LIMITS.roomIdleMs : 0);
-    let found: Room | undefined;
-    for (const room of this.rooms.values()) {
-      const empty = room !== this.lobby && !room.members.size;
-      if (empty && (!found || dullness(room) > dullness(found))) found = room;
-    }
-    return found;
+  #noLongerEmpty(room: Room): void {
+    this.#empty.silent.delete(room);
+    this.#empty.spoken.delete(room);
+  }
+  /** The empty room that will be missed least: the longest empty one, but first those in which nothing was said. */
+  get dullest(): Room | undefined {
+    const [[silent], [spoken]] = [this.#empty.silent, this.#empty.spoken];
+    return silent ?? spoken;
   }
   /** Appends to a room's log what somebody did. */
   happens(room: Room, kind: Event["kind"], nick: string, text: string, tags: readonly Tag[] = []): Event {
     return this.history.record(room.log, { kind, nick, target: room.name, text, tags });
   }
   join(member: Member, room: Room, session: Session): void {
+    this.#noLongerEmpty(room);
     room.members.add(member);
     member.rooms.add(room);
     this.deliver(this.happens(room, "JOIN", member.nick, member.realName), room.members, session);
@@ -1340,7 +1342,9 @@ export class Server {
   #remove(member: Member, room: Room): void {
     room.members.delete(member);
     member.rooms.delete(room);
+    if (room.members.size > 0 || room === this.lobby) return;
     room.emptySince = now();
+    this.#empty[room.log.messages.length ? "spoken" : "silent"].add(room);
   }
   announceAway({ nick, away }: Member, members: Iterable<Member>): void {
     this.announce(format("AWAY", away ? [away] : [], source(nick)), members, "away-notify");
@@ -1486,9 +1490,8 @@ export class Server {
       const gone = member.present && !member.sessions.size && now() - member.leftAt > LIMITS.lingerMs;
       if (gone) this.#leave(member, "Connection lost");
     }
-    for (const room of this.rooms.values()) {
-      const idle = room !== this.lobby && !room.members.size && now() - room.emptySince > LIMITS.roomIdleMs;
-      if (idle) this.closeRoom(room);
+    for (const room of [...this.#empty.silent, ...this.#empty.spoken]) {
+      if (now() - room.emptySince > LIMITS.roomIdleMs) this.closeRoom(room);
     }
   }
 
@@ -1872,7 +1875,7 @@ function joinRooms(session: Session, [names = ""]: readonly string[]): void {
   if (names === "0") return [...member.rooms].forEach((room) => server.part(member, room, "", session));
   for (const name of list(names)) {
     const room = server.rooms.get(fold(name));
-    const dullest = !room && server.rooms.size >= LIMITS.rooms ? server.dullest() : undefined;
+    const dullest = !room && server.rooms.size >= LIMITS.rooms ? server.dullest : undefined;
     if (room && member.rooms.has(room)) continue;
     if (!isRoom(name)) session.numeric("476", name, `A room is # and ${LIMITS.room} bytes at most, no space, no comma`);
     else if (member.rooms.size >= LIMITS.roomsPerMember) {

@@ -185,7 +185,11 @@ class Member {
     this.nick = nick;
     this.socket = socket;
     socket.setNoDelay(true);
-    socket.on("data", (chunk: Buffer) => this.onText(chunk.toString("latin1")));
+    socket.on("data", (chunk: Buffer) => {
+      const text = chunk.toString("latin1");
+      if (text.startsWith("PING ")) socket.write(text.replace("PING", "PONG")); // who only listens is asked
+      this.onText(text);
+    });
     socket.on("error", () => {}).on("close", () => this.#wake());
   }
 
