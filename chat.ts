@@ -34,14 +34,17 @@ export const LIMITS = Object.freeze({
   strangerMs: 300_000, // from connecting to being logged in
   strangers: 500, // at once
   pingMs: 60_000, // a member's silence before a PING; as long again, and the connection is lost
+  lateMs: 10_000, // since the last sweep: nobody is taken for lost in this one
   gatherMs: 100, // in a large room, what is said within it is written together,
   gathered: 10, // but that many events wait for no more
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
-  // Work.
-  burstMs: 5_000, // of its pace may a session use up at once; see --rate
-  lineMs: 1, // of executing: they cost as much of its pace as a line does
-  entryLines: 10, // so many does it cost to enter, which others are told
+  // Work. A session has its pace, by --rate: so many lines a second, each of which costs so much time.
+  burstMs: 5_000, // may be used up at once
+  entryMs: 1_000, // are what it costs to enter, of which others are told
+  workFactor: 100, // times what it took is what executing costs, or a line for each ms if that is less,
+  workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
+  pieceLines: 0.1, // are what it costs to send anything, besides the lines in it
   turnMs: 0.5, // of executing lines of one session; then it is the others' turn
   // Memory.
   inputBytes: 256 * 1024, // received from a session and not yet executed
@@ -64,7 +67,7 @@ export const LIMITS = Object.freeze({
   triesPerAccount: 10, // from one address in ten minutes
   triesPerAddress: 100, // in ten minutes, besides those of as many as may be connected from it
   triesOfStrangers: 100, // per account in ten minutes, from all addresses that it was never logged in from
-  scrypts: 2, // password hashings at once
+  scrypts: 1, // password hashings at once for registrations, and as many for logins
   scryptQueue: 100, // hashings that wait, per network
   // The client.
   outbox: 500, // lines that wait for the connection
@@ -126,13 +129,13 @@ export interface Visitor {
   readonly closed: boolean;
 }
 
-/** Runs LIMITS.scrypts jobs at once: those in a hurry first, and in each round one of every network. */
+/** Runs LIMITS.scrypts jobs at once; of those that wait, in each round one of every network. */
 class FairQueue {
-  #waiting: { visitor: Visitor; network: string; hurry: boolean; round: number; start: () => void }[] = [];
+  #waiting: { visitor: Visitor; network: string; round: number; start: () => void }[] = [];
   #running = 0;
   #round = 0;
   /** Runs a job when its turn has come; undefined at once if too many of the same network wait. */
-  async run<T>(visitor: Visitor, hurry: boolean, job: () => Promise<T>): Promise<T | undefined> {
+  async run<T>(visitor: Visitor, job: () => Promise<T>): Promise<T | undefined> {
     const network = networkOf(visitor.address);
     this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
     const own = this.#waiting.filter((one) => one.network === network).length;
@@ -140,8 +143,8 @@ class FairQueue {
     if (this.#running < LIMITS.scrypts) this.#running++;
     else {
       await new Promise<void>((start) => {
-        this.#waiting.push({ visitor, network, hurry, round: this.#round + own, start });
-        this.#waiting.sort((one, other) => Number(other.hurry) - Number(one.hurry) || one.round - other.round);
+        this.#waiting.push({ visitor, network, round: this.#round + own, start });
+        this.#waiting.sort((one, other) => one.round - other.round);
       });
     }
     try {
@@ -642,7 +645,8 @@ export class Accounts<A extends Account> {
   readonly #perAddress: number;
   readonly #tries = new Counter(600_000);
   readonly #births = new Counter(3_600_000);
-  readonly #queue = new FairQueue();
+  readonly #registrations = new FairQueue();
+  readonly #logins = new FairQueue();
   /** `perAddress` is how many may be connected from an address. */
   constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0) {
     this.#make = make;
@@ -655,22 +659,28 @@ export class Accounts<A extends Account> {
 
   /** Makes an account, with a password or with a verifier that was made elsewhere. */
   async register(nick: string, secret: string | Verifier, visitor: Visitor): Promise<A | Refusal> {
-    const [key, { address }] = [fold(nick), visitor];
+    const { address } = visitor;
     if (!isNick(nick)) return "bad nick";
-    if (this.barred.has(key)) return "barred";
-    if (this.all.has(key)) return "exists";
-    if (this.closed && !this.admitted.has(key)) return "closed";
-    if (this.all.size >= LIMITS.accounts) return "often";
+    const objection = this.#objection(nick);
+    if (objection) return objection;
     if (!isLoopback(address) && !this.#births.take(networkOf(address), LIMITS.newAccounts)) return "often";
     const keys = typeof secret === "string"
-      ? await this.#queue.run(visitor, false, () => deriveKeys(secret))
+      ? await this.#registrations.run(visitor, () => deriveKeys(secret))
       : undefined;
     const verifier = keys ? verifierOf(keys) : secret;
     if (typeof verifier === "string") return "often";
-    if (this.all.has(key)) return "exists"; // somebody was faster
+    const later = this.#objection(nick); // somebody may have been faster
+    if (later) return later;
     const account = this.#make(nick, verifier, visitor);
-    this.all.set(key, account);
+    this.all.set(fold(nick), account);
     return account;
+  }
+  #objection(nick: string): Refusal | undefined {
+    const key = fold(nick);
+    if (this.barred.has(key)) return "barred";
+    if (this.all.has(key)) return "exists";
+    if (this.closed && !this.admitted.has(key)) return "closed";
+    return this.all.size < LIMITS.accounts ? undefined : "often";
   }
 
   /** Logs in by a password. */
@@ -679,7 +689,7 @@ export class Accounts<A extends Account> {
     if (!account) return "unknown";
     const refusal = this.#attempt(account, visitor.address);
     if (refusal) return refusal;
-    const keys = await this.#queue.run(visitor, true, () => deriveKeys(password, account.verifier.salt));
+    const keys = await this.#logins.run(visitor, () => deriveKeys(password, account.verifier.salt));
     if (!keys) return "often";
     const right = crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
     return right ? this.#succeed(account, visitor.address) : "wrong";
@@ -823,7 +833,10 @@ export class History {
     return event;
   }
   forget(log: Log): void {
-    while (this.#logs.has(log)) this.#trim(log);
+    for (const list of [log.messages, log.presence]) {
+      for (const event of list.splice(0)) this.#bytes -= sizeOf(event);
+    }
+    if (this.#logs.delete(log)) log.emptied();
   }
   #trim(log: Log): void {
     this.#drop(log.messages.length ? log.messages : log.presence);
@@ -858,7 +871,7 @@ export class Member implements Account {
   readonly pace: Pace = { until: 0 };
   present = false; // others see it; for LIMITS.lingerMs without a session too
   leftAt = now(); // when the last session ended
-  reachedAt = now(); // until when it surely read: what was said since is told on return, rather twice than never
+  reachedAt = now(); // up to then it has read for sure: what was said since is told on return, rather twice than never
   realName = "";
   away = ""; // the message; empty if it is not away
   constructor(nick: string, verifier: Verifier) {
@@ -962,8 +975,8 @@ export class Session {
   readonly network: string;
   readonly since = now();
   active = now(); // when it last did something of its own accord
-  heard = now(); // when bytes of it came last: what was written before, it has read
-  asked = false; // a PING has asked since
+  askedAt = 0; // when a PING was sent that it has not answered yet
+  told = false; // a private message was sent since
   closed = false;
   caps = 0; // the capabilities that it asked for
   negotiating = false; // between CAP LS or REQ, and CAP END
@@ -987,7 +1000,7 @@ export class Session {
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
   #ended = false; // no more bytes will come
-  quietSince = now(); // nothing came of it since that was not executed at once
+  quietSince = now(); // since then nothing came of it, and nothing that had come was executed
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
   #answers: { body: string; tags: readonly Tag[] }[] | undefined; // these answers, if they must
@@ -1009,27 +1022,35 @@ export class Session {
 
   /** For how long nothing came of it, in ms; not while something that came waits to be executed. */
   get silentMs(): number {
-    return this.#busy ? 0 : now() - this.quietSince;
+    return this.#busy || this.#timer ? 0 : now() - this.quietSince;
   }
   /** How long it has to wait until it is within its pace again, in ms. */
   get early(): number {
     return Math.max(0, this.pace.until - performance.now() - LIMITS.burstMs);
   }
-  /** Counts what it did against its pace, in lines. */
-  charge(lines: number): void {
+  /** Counts what it did against its pace: in ms, and in lines. */
+  charge(ms: number, lines = 0): void {
     const { rate } = this.server.options;
-    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + lines * 1000 / rate;
+    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + ms + lines * 1000 / rate;
   }
 
   /** Takes bytes from the peer. */
   receive(chunk: Buffer): void {
     if (this.closed) return;
-    this.heard = now();
-    this.asked = false;
-    if (!chunk.includes(10) && !chunk.includes(13)) this.charge(1); // small pieces are no way around the pace
+    this.charge(0, LIMITS.pieceLines);
     this.#splitter.push(chunk);
     if (this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood");
     else this.#goOn();
+  }
+  /** Asks whether it is there. When it answers, it has read all that was sent to it until now. */
+  ask(): void {
+    this.askedAt = now();
+    this.told = false;
+    this.send(toBytes(format("PING", [SERVER])));
+  }
+  pong(): void {
+    if (this.member && this.askedAt) this.member.reachedAt = Math.max(this.member.reachedAt, this.askedAt);
+    this.askedAt = 0;
   }
   /** The peer will send nothing more. The lines that are there are executed nevertheless. */
   ended(): void {
@@ -1053,10 +1074,14 @@ export class Session {
       }
       const split = this.#splitter.next();
       if (!split) return this.#ended ? this.lost("Connection closed", false) : this.#peer.read(true);
-      this.charge(1);
+      this.charge(0, Math.max(1, (split.text?.length ?? 0) / LIMITS.bodyBytes));
       void this.#execute(split);
-      this.charge((performance.now() - at) / LIMITS.lineMs);
+      this.#chargeWork(performance.now() - at);
     }
+  }
+  #chargeWork(ms: number): void {
+    const least = 1000 / LIMITS.workFactor; // lines a second
+    this.charge(Math.min(ms, LIMITS.workMs) * 1000 / Math.max(this.server.options.rate, least));
   }
   #resume(): void {
     this.#timer = undefined;
@@ -1214,6 +1239,7 @@ export class Server {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
   #batches = 0;
+  #sweptAt = now();
   readonly #failures = new Counter(60_000);
   constructor(options: ServerOptions = {}) {
     const { log = DEFAULTS.log } = options;
@@ -1415,8 +1441,7 @@ export class Server {
     if (this.#failures.take(networkOf(address), LIMITS.failures)) this.options.log(`${what} from ${address}: ${why}`);
   }
   #letIn(session: Session, member: Member): void {
-    // Another session that is thought to be there may have lost its connection since it was heard.
-    const since = { time: Math.max(member.reachedAt, ...[...member.sessions].map(({ heard }) => heard)) - 1 };
+    const since = { time: member.reachedAt - 1 };
     const missed = [...member.talks.values()].flatMap((log) => log.read("last", LIMITS.missed, false, since))
       .sort(byNumber);
     member.sessions.add(session);
@@ -1430,7 +1455,7 @@ export class Server {
       tellRoom(session, room);
     }
     if (arrives) {
-      session.charge(LIMITS.entryLines);
+      session.charge(LIMITS.entryMs);
       this.join(member, this.lobby, session);
     }
     if (this.options.warning) session.reply("NOTICE", member.nick, this.options.warning);
@@ -1438,6 +1463,7 @@ export class Server {
     let bytes = 0; // the latest of them, as many as one can be owed; the others are in the history
     const from = toMe.findLastIndex((event) => (bytes += sizeOf(event)) > LIMITS.owedBytes / 2) + 1;
     for (const event of toMe.slice(Math.max(from, toMe.length - LIMITS.missed))) session.tell(event);
+    session.told = toMe.length > 0;
   }
 
   /** A session is over. With its last session a member leaves, or a little later if the connection was lost. */
@@ -1445,9 +1471,7 @@ export class Server {
     this.sessions.delete(session);
     const { member, address } = session;
     if (member) this.options.log(`${member.nick} left from ${address}: ${reason}`);
-    if (!member?.sessions.delete(session)) return;
-    member.reachedAt = Math.max(member.reachedAt, session.heard);
-    if (member.sessions.size > 0) return;
+    if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
     member.leftAt = now();
     if (closed) this.#leave(member, reason);
   }
@@ -1476,15 +1500,18 @@ export class Server {
 
   /** Does what is due; to be called once a second. */
   sweep(): void {
+    const late = now() - this.#sweptAt > LIMITS.lateMs; // the machine slept, or the clock was set: whoever was asked
+    this.#sweptAt = now(); // may have answered in the meantime
+    if (late) return;
     for (const session of this.sessions) {
       const [silent, age] = [session.silentMs, now() - session.since];
       if (!session.welcome) {
         if (silent > LIMITS.silenceMs || age > LIMITS.strangerMs) session.close("You did not log in in time");
-      } else if (silent > 2 * LIMITS.pingMs) session.lost("Ping timeout");
-      else if (silent > LIMITS.pingMs && !session.asked) {
-        session.asked = true;
-        session.send(toBytes(format("PING", [SERVER])));
+        continue;
       }
+      const quiet = silent > LIMITS.pingMs;
+      if (quiet ? session.askedAt <= session.quietSince : session.told && !session.askedAt) session.ask();
+      else if (quiet && now() - session.askedAt > LIMITS.pingMs) session.lost("Ping timeout");
     }
     for (const member of this.accounts.all.values()) {
       const gone = member.present && !member.sessions.size && now() - member.leftAt > LIMITS.lingerMs;
@@ -1664,6 +1691,7 @@ function say(session: Session, [targets = "", words = ""]: readonly string[], { 
       const happened = { kind, nick: member.nick, target: other.nick, text, tags };
       const event = server.history.record(kind === "TAGMSG" ? new Log() : member.talkWith(other), happened);
       server.deliver(event, new Set([member, other]), session);
+      for (const one of other.sessions) one.told = true;
       if (other === member) session.tell(event); // besides the echo, if there is one: it is also the one that is told
       if (kind !== "PRIVMSG") continue;
       if (!other.sessions.size) session.numeric("301", other.nick, "Is not here, and reads it on return");
@@ -1744,11 +1772,11 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
   const { exchange, received } = session;
   session.exchange = undefined;
   session.received = "";
+  if (session.member) return session.numeric("907", "You are logged in already");
   if (text === "*") return session.numeric("906", "SASL authentication aborted");
   if (!exchange) {
-    const mechanism = text.toUpperCase();
-    if (!session.member) session.mechanism = mechanism;
-    session.exchange = MECHANISMS[mechanism]?.(session);
+    session.mechanism = text.toUpperCase();
+    session.exchange = MECHANISMS[session.mechanism]?.(session);
     await session.exchange?.next("");
     if (session.exchange) return session.answer("AUTHENTICATE +");
     session.numeric("908", Object.keys(MECHANISMS).join(","), "are available SASL mechanisms");
@@ -1765,7 +1793,7 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
   if (!done || session.closed) return;
   session.exchange = undefined;
   const { account: member, refusal = "wrong" } = value;
-  if (!member || (session.member && session.member !== member)) {
+  if (!member) {
     session.numeric("904", `SASL authentication failed: ${REFUSALS[refusal]}`);
     return session.server.refuse(session, session.nick, refusal);
   }
@@ -1774,7 +1802,7 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
       ? `${member.nick} told us the password; scrypt made it fit the verifier`
       : `${member.nick} and we proved to each other that we know the password, for this certificate, and told it neither way`,
   );
-  if (!session.member) session.server.admit(session, member);
+  session.server.admit(session, member);
   session.numeric("900", source(member.nick), member.nick, `You are now logged in as ${member.nick}`);
   session.numeric("903", "SASL authentication successful");
   return session.server.complete(session);
@@ -1938,9 +1966,12 @@ export const COMMANDS: Readonly<Partial<Record<string, Command>>> = {
     return session.server.complete(session);
   }, true),
   PING: row(1, "ask for a PONG", (session, [token = ""]) => session.reply("PONG", SERVER, token), true),
-  PONG: row(0, "answer a PING", () => {}, true),
+  PONG: row(0, "answer a PING", (session) => session.pong(), true),
   ERROR: row(0, "for servers only", () => {}, true),
-  QUIT: row(0, "leave", (session, [why]) => session.close(why ? `Quit: ${cut(why, LIMITS.text)}` : "Quit"), true),
+  QUIT: row(0, "leave", (session, [why]) => {
+    if (session.member) session.member.reachedAt = now();
+    session.close(why ? `Quit: ${cut(why, LIMITS.text)}` : "Quit");
+  }, true),
   JOIN: row(1, "enter rooms", joinRooms),
   PART: row(
     1,
