@@ -32,7 +32,7 @@ export const LIMITS = Object.freeze({
   handshakeMs: 10_000, // for TLS
   silenceMs: 60_000, // of a stranger, which is who has not logged in yet
   strangerMs: 300_000, // from connecting to being logged in
-  strangers: 500, // at once
+  strangers: 500, // at once, or half of all connections that there may be
   pingMs: 60_000, // a member's silence before a PING; as long again, and the connection is lost
   lateMs: 10_000, // since the last sweep: nobody is taken for lost in this one
   gatherMs: 100, // in a large room, what is said within it is written together,
@@ -44,7 +44,8 @@ export const LIMITS = Object.freeze({
   entryMs: 1_000, // are what it costs to enter, of which others are told
   workFactor: 100, // times what it took is what executing costs, or a line for each ms if that is less,
   workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
-  pieceLines: 0.1, // are what it costs to send anything, besides the lines in it
+  pieceLines: 0.5, // are what a piece of a line costs; each is an object of its own, so that
+  pieces: 64, // of them, without a line, and faster than the pace, are too many
   turnMs: 0.5, // of executing lines of one session; then it is the others' turn
   // Memory.
   inputBytes: 256 * 1024, // received from a session and not yet executed
@@ -67,7 +68,7 @@ export const LIMITS = Object.freeze({
   triesPerAccount: 10, // from one address in ten minutes
   triesPerAddress: 100, // in ten minutes, besides those of as many as may be connected from it
   triesOfStrangers: 100, // per account in ten minutes, from all addresses that it was never logged in from
-  scrypts: 1, // password hashings at once for registrations, and as many for logins
+  scrypts: 2, // password hashings at once
   scryptQueue: 100, // hashings that wait, per network
   // The client.
   outbox: 500, // lines that wait for the connection
@@ -129,33 +130,41 @@ export interface Visitor {
   readonly closed: boolean;
 }
 
-/** Runs LIMITS.scrypts jobs at once; of those that wait, in each round one of every network. */
+/** Runs LIMITS.scrypts jobs at once. Of those that wait, the kinds take turns, and in each kind the networks. */
 class FairQueue {
-  #waiting: { visitor: Visitor; network: string; round: number; start: () => void }[] = [];
+  #waiting: { kind: string; visitor: Visitor; network: string; round: number; start: () => void }[] = [];
+  readonly #rounds = new Map<string, number>(); // of each kind: a network has one job in every round
   #running = 0;
-  #round = 0;
+  #last = "";
   /** Runs a job when its turn has come; undefined at once if too many of the same network wait. */
-  async run<T>(visitor: Visitor, job: () => Promise<T>): Promise<T | undefined> {
+  async run<T>(kind: string, visitor: Visitor, job: () => Promise<T>): Promise<T | undefined> {
     const network = networkOf(visitor.address);
     this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
-    const own = this.#waiting.filter((one) => one.network === network).length;
+    const own = this.#waiting.filter((one) => one.kind === kind && one.network === network).length;
     if (own >= LIMITS.scryptQueue) return undefined;
     if (this.#running < LIMITS.scrypts) this.#running++;
     else {
       await new Promise<void>((start) => {
-        this.#waiting.push({ visitor, network, round: this.#round + own, start });
+        this.#waiting.push({ kind, visitor, network, round: (this.#rounds.get(kind) ?? 0) + own, start });
         this.#waiting.sort((one, other) => one.round - other.round);
       });
     }
     try {
       return await job();
     } finally {
-      this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
-      const next = this.#waiting.shift();
-      if (next) this.#round = next.round;
-      else this.#running--;
-      next?.start();
+      this.#running--;
+      this.#next();
     }
+  }
+  #next(): void {
+    const waiting = this.#waiting.filter((one) => !one.visitor.closed);
+    const next = waiting.find(({ kind }) => kind !== this.#last) ?? waiting[0];
+    this.#waiting = waiting.filter((one) => one !== next);
+    if (!next) return;
+    this.#running++;
+    this.#last = next.kind;
+    this.#rounds.set(next.kind, next.round);
+    next.start();
   }
 }
 
@@ -645,8 +654,7 @@ export class Accounts<A extends Account> {
   readonly #perAddress: number;
   readonly #tries = new Counter(600_000);
   readonly #births = new Counter(3_600_000);
-  readonly #registrations = new FairQueue();
-  readonly #logins = new FairQueue();
+  readonly #queue = new FairQueue();
   /** `perAddress` is how many may be connected from an address. */
   constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0) {
     this.#make = make;
@@ -665,7 +673,7 @@ export class Accounts<A extends Account> {
     if (objection) return objection;
     if (!isLoopback(address) && !this.#births.take(networkOf(address), LIMITS.newAccounts)) return "often";
     const keys = typeof secret === "string"
-      ? await this.#registrations.run(visitor, () => deriveKeys(secret))
+      ? await this.#queue.run("registration", visitor, () => deriveKeys(secret))
       : undefined;
     const verifier = keys ? verifierOf(keys) : secret;
     if (typeof verifier === "string") return "often";
@@ -689,7 +697,7 @@ export class Accounts<A extends Account> {
     if (!account) return "unknown";
     const refusal = this.#attempt(account, visitor.address);
     if (refusal) return refusal;
-    const keys = await this.#logins.run(visitor, () => deriveKeys(password, account.verifier.salt));
+    const keys = await this.#queue.run("login", visitor, () => deriveKeys(password, account.verifier.salt));
     if (!keys) return "often";
     const right = crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
     return right ? this.#succeed(account, visitor.address) : "wrong";
@@ -1000,6 +1008,7 @@ export class Session {
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
   #ended = false; // no more bytes will come
+  #pieces = 0; // that came since a line was taken
   quietSince = now(); // since then nothing came of it, and nothing that had come was executed
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
@@ -1028,6 +1037,10 @@ export class Session {
   get early(): number {
     return Math.max(0, this.pace.until - performance.now() - LIMITS.burstMs);
   }
+  /** Whether it does all the time more than its pace allows. */
+  get floods(): boolean {
+    return this.pace.until - performance.now() > LIMITS.burstMs / 2;
+  }
   /** Counts what it did against its pace: in ms, and in lines. */
   charge(ms: number, lines = 0): void {
     const { rate } = this.server.options;
@@ -1037,9 +1050,13 @@ export class Session {
   /** Takes bytes from the peer. */
   receive(chunk: Buffer): void {
     if (this.closed) return;
-    this.charge(0, LIMITS.pieceLines);
+    if (chunk.length <= 2 || !chunk.includes(10)) {
+      this.charge(0, LIMITS.pieceLines);
+      this.#pieces++;
+    }
     this.#splitter.push(chunk);
-    if (this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood");
+    const tooMany = this.#pieces > LIMITS.pieces && this.early > 0;
+    if (tooMany || this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood", tooMany);
     else this.#goOn();
   }
   /** Asks whether it is there. When it answers, it has read all that was sent to it until now. */
@@ -1074,6 +1091,7 @@ export class Session {
       }
       const split = this.#splitter.next();
       if (!split) return this.#ended ? this.lost("Connection closed", false) : this.#peer.read(true);
+      this.#pieces = 0;
       this.charge(0, Math.max(1, (split.text?.length ?? 0) / LIMITS.bodyBytes));
       void this.#execute(split);
       this.#chargeWork(performance.now() - at);
@@ -1236,6 +1254,8 @@ export class Server {
   #owing: Session[] = []; // who has something in the queue
   #gathered = 0; // events that wait in the queues
   #flushedAt = 0;
+  #calm = false; // something waits that was not said by one who floods
+  #calmAt = 0; // when such a thing was written
   #timer: ReturnType<typeof setTimeout> | undefined;
   #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
   #batches = 0;
@@ -1265,8 +1285,12 @@ export class Server {
     }
     if (this.sessions.size > this.options.maxClients) session.close("The server is full");
     else if (here > this.options.perAddress) session.close("Too many connections from your address");
-    else if (strangers > LIMITS.strangers) session.close("Too many connections are just logging in");
+    else if (strangers > this.mostStrangers) session.close("Too many connections are just logging in");
     return session;
+  }
+
+  get mostStrangers(): number {
+    return Math.max(LIMITS.strangers, this.options.maxClients / 2);
   }
 
   // ---- Delivery
@@ -1276,17 +1300,21 @@ export class Server {
   }
   /**
    * Writes what sessions are owed, unless many were written to a moment ago: what is said within the moment shares a
-   * write, which is most of what a delivery costs. It is the longer the more they are, and too short to be seen.
+   * write, which is most of what a delivery costs. It is the longer the more they are, and too short to be seen. What
+   * flooders say makes nobody else wait: it is written at its own moments, or with what the others say.
    */
   #settle(): void {
     const moment = Math.min(LIMITS.gatherMs, this.#owing.length / 4);
-    const wait = this.#flushedAt + moment - performance.now();
+    const wait = (this.#calm ? this.#calmAt : this.#flushedAt) + moment - performance.now();
+    clearTimeout(this.#timer);
     if (wait > 0 && this.#gathered < LIMITS.gathered) this.#timer = setTimeout(() => this.flush(), wait);
     else this.flush();
   }
   flush(): void {
     clearTimeout(this.#timer);
     this.#flushedAt = performance.now();
+    if (this.#calm) this.#calmAt = this.#flushedAt;
+    this.#calm = false;
     this.#gathered = 0;
     const owing = this.#owing;
     this.#owing = [];
@@ -1303,6 +1331,9 @@ export class Server {
   }
   /** Delivers an event. Whose line caused it gets it as the answer, a message only if it asked for echoes. */
   deliver(event: Event, members: Iterable<Member>, origin?: Session): void {
+    const calm = !origin?.floods;
+    if (calm && !this.#calm && this.#owing.length) setImmediate(() => this.#settle()); // it need not wait as long
+    this.#calm ||= calm;
     if (++this.#gathered === LIMITS.gathered) setImmediate(() => this.flush());
     const forms: Buffer[] = [];
     const form = (caps: number) => {
@@ -2149,7 +2180,7 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     });
   });
   if (keylog) listener.on("keylog", keylog);
-  listener.maxConnections = server.options.maxClients + LIMITS.strangers;
+  listener.maxConnections = server.options.maxClients + server.mostStrangers;
   listener.on("tlsClientError", ({ message }, socket) => {
     const [, what] = HANDSHAKE_PROBLEMS.find(([pattern]) => pattern.test(message)) ?? [];
     if (socket.remoteAddress) server.failed(socket.remoteAddress, "no TLS", what ?? "it hung up");
@@ -2172,12 +2203,17 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   return { server, stop, port: typeof address === "object" && address ? address.port : port };
 }
 
+let STOP: Buffer | undefined;
+
 /** Makes a session of a socket. */
 function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509Certificate): void {
   const { explain } = server.options;
   const who = `${socket.remoteAddress}:${socket.remotePort}`;
   if (explain) facts(socket, certificate).forEach((fact) => explain(`${who} ${fact}`));
   let flowing = true;
+  // A paused socket reads on until so many bytes wait: one by one, if they come so, and each costs a hundred of memory.
+  // So it is made to believe that they wait already.
+  const stop = STOP ??= Buffer.alloc(socket.readableHighWaterMark);
   const session = server.open({
     address: socket.remoteAddress ?? "",
     write: (bytes) => {
@@ -2187,17 +2223,23 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
     pending: () => socket.writableLength,
     read: (wanted) => {
       // Deno goes on reading a paused socket, without end: there the bytes are to come, and to be counted.
-      if (wanted !== flowing && !("Deno" in globalThis)) void (wanted ? socket.resume() : socket.pause());
+      if (wanted === flowing || "Deno" in globalThis) return;
       flowing = wanted;
+      if (!wanted) return void socket.pause().unshift(stop);
+      socket.read(stop.length);
+      socket.read(Math.min(socket.readableLength, stop.length)); // what waits, as one piece
+      if (flowing) socket.resume();
     },
     end: (atOnce) => {
-      if (!atOnce) socket.end();
-      setTimeout(() => socket.destroy(), atOnce ? 0 : LIMITS.stopMs).unref();
+      if (atOnce) return void socket.destroy();
+      socket.end();
+      setTimeout(() => socket.destroy(), LIMITS.stopMs).unref();
     },
   });
   socket.setNoDelay(true);
   socket.allowHalfOpen = true;
   socket.on("data", (chunk: Buffer) => {
+    if (chunk.buffer === stop.buffer) return;
     explain?.(`${who} read ${recorded(chunk.length)}`);
     session.receive(chunk);
   });

@@ -237,7 +237,7 @@ test("who is logged in and not let in yet is kicked as well, and gets in no more
 // ---- Limits, and who goes over them
 
 test("there are only so many who have not logged in", () => {
-  const server = new chat.Server({ perAddress: 10_000, maxClients: 10_000 });
+  const server = new chat.Server({ perAddress: 10_000, maxClients: 1000 });
   const wires = Array.from({ length: LIMITS.strangers + 1 }, () => new Wire(server));
   assert.deepEqual([wires.at(-2)?.ended, wires.at(-1)?.ended], [false, true]);
   for (const wire of wires) wire.session.close("The test is over");
@@ -260,7 +260,7 @@ test("who shakes hands a byte at a time, or not at all, is let go", async (t) =>
 
 test("who logs in by a byte a second has five minutes for it", (t) => {
   t.mock.timers.enable({ apis: ["Date"] });
-  const server = new chat.Server();
+  const server = new chat.Server({ rate: 0 }); // of which the clock is another one
   const wire = new Wire(server, true);
   const seconds = LIMITS.strangerMs / 1000;
   for (let second = 0; second <= seconds + 1; second++) {
@@ -358,16 +358,33 @@ test("time counts as well: a line that takes long to execute costs as much as ma
 });
 
 for (const piece of ["x", "\n"]) {
-  test(`small pieces have their price: ${JSON.stringify(piece)}`, async () => {
+  test(`pieces without a line are too many if they come faster than the pace: ${JSON.stringify(piece)}`, async () => {
     const server = new chat.Server({ rate: 10 });
-    const { wire } = await inside(server, "ana");
-    const most = LIMITS.burstMs / 100 / LIMITS.pieceLines;
+    const [{ wire }, { wire: typist }] = [await inside(server, "ana"), await inside(server, "bo")];
+    for (const key of "PING typed") typist.session.receive(Buffer.from(key));
+    typist.session.receive(Buffer.from("\r\n"));
+    await typist.wait(/PONG chat\.server typed\r\n/);
     let count = 0;
-    while (count < most && wire.flowing) count += Number(wire.session.receive(Buffer.from(piece)) ?? 1);
-    assert.ok(count > most / 2 && !wire.flowing, `${count} pieces`);
-    await until(() => wire.flowing, () => "it is never read again");
+    while (count < 1000 && !wire.ended) count += Number(wire.session.receive(Buffer.from(piece)) ?? 1);
+    assert.ok(count > LIMITS.pieces && count < 1000, `${count} pieces`);
   });
 }
+
+test("who is read slowly costs little, however small the pieces are that it sends", async (t) => {
+  const { port, child } = await serveProcess(t);
+  const before = residentKiB(child.pid);
+  const flooders = await Promise.all(Array.from({ length: 5 }, async () => {
+    const { socket } = await dial(t, port);
+    for (let at = 0; at < 20_000; at++) await new Promise((sent) => socket.write("x\n", sent)); // a record of its own
+    return socket;
+  }));
+  const witness = await enter(t, port, "witness");
+  for (let at = 0; at < 20; at++) await witness.sync();
+  const after = residentKiB(child.pid);
+  for (const socket of flooders) socket.destroy();
+  t.diagnostic(`${before} KiB before, ${after} KiB after`);
+  assert.ok(after < before + 19_500, `${before} KiB before, ${after} KiB after`);
+});
 
 test("a long line costs as much as several", async () => {
   const server = new chat.Server({ rate: 10 });
