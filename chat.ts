@@ -52,6 +52,7 @@ export const LIMITS = Object.freeze({
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
   pieceBytes: 1000, // written at once to a newcomer: TLS keeps room for the largest write, which is the greeting,
   newcomerBytes: 32 * 1024, // and that is who was not written so many yet
+  writeBytes: 16 * 1024, // written at once to the others
   historyBytes: 64 * 1024 * 1024, // all logs together
   presence: 200, // joins, parts and topics kept in a log
   chathistory: 100, // events read by one CHATHISTORY
@@ -1200,18 +1201,27 @@ export class Session {
     if (this.#blocked) return;
     if (this.#said) this.#queueAnswers();
     if (this.#queue.length === 0) return;
-    let bytes = this.server.joined(this.#queue);
-    this.#queue = [];
-    this.#queued = 0;
-    if (bytes.length > LIMITS.pieceBytes && this.#written < LIMITS.newcomerBytes && !this.closed) {
-      this.#queue.push(bytes.subarray(LIMITS.pieceBytes));
-      this.#queued = bytes.length - LIMITS.pieceBytes;
-      bytes = bytes.subarray(0, LIMITS.pieceBytes);
-      setImmediate(() => this.flush());
-    }
+    const bytes = this.#next(this.#written < LIMITS.newcomerBytes ? LIMITS.pieceBytes : LIMITS.writeBytes);
+    this.#queued -= bytes.length;
     this.#written += bytes.length;
     this.#blocked = !this.#peer.write(bytes);
-    if (!this.#blocked && this.#splitter.size > 0 && !this.#timer) this.#run(); // its lines may have waited for this
+    if (this.#blocked) return;
+    if (this.#queue.length > 0) setImmediate(() => this.flush());
+    if (this.#splitter.size > 0 && !this.#timer) this.#run(); // its lines may have waited for this
+  }
+  /** Takes from the queue what is to be written at once: all of it, if it is closed. */
+  #next(most: number): Buffer {
+    const [first = NOTHING] = this.#queue;
+    if (first.length > most && !this.closed) {
+      this.#queue[0] = first.subarray(most);
+      return first.subarray(0, most);
+    }
+    let [count, size] = [1, first.length];
+    for (; count < this.#queue.length; count++) {
+      size += this.#queue[count]?.length ?? 0;
+      if (size > most && !this.closed) break;
+    }
+    return this.server.joined(this.#queue.splice(0, count));
   }
   /** The peer is ready for more. */
   drained(): void {
