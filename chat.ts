@@ -52,7 +52,7 @@ export const LIMITS = Object.freeze({
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
   pieceBytes: 1000, // written at once to a newcomer: TLS keeps room for the largest write, which is the greeting,
   newcomerBytes: 32 * 1024, // and that is who was not written so many yet
-  writeBytes: 16 * 1024, // written at once to the others
+  writeBytes: 32 * 1024, // written at once to the others
   historyBytes: 64 * 1024 * 1024, // all logs together
   presence: 200, // joins, parts and topics kept in a log
   chathistory: 100, // events read by one CHATHISTORY
