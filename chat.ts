@@ -42,7 +42,7 @@ export const LIMITS = Object.freeze({
   // Work. A session has its pace, by --rate: so many lines a second, each of which costs so much time.
   burstMs: 5_000, // may be used up at once
   entryMs: 1_000, // are what it costs to enter, of which others are told
-  workFactor: 100, // times what it took is what executing costs, or a line for each ms if that is less,
+  workFactor: 100, // times as long as it took costs executing, or a line for each ms if that is less,
   workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
   pieceLines: 0.5, // are what a piece of a line costs; each is an object of its own, so that
   pieces: 64, // of them, without a line, and faster than the pace, are too many
@@ -985,14 +985,14 @@ export class Session {
   readonly since = now();
   active = now(); // when it last did something of its own accord
   askedAt = 0; // when a PING was sent that it has not answered yet
-  told = false; // a private message was sent since
+  told = false; // a private message was sent to it since
   closed = false;
   caps = 0; // the capabilities that it asked for
   negotiating = false; // between CAP LS or REQ, and CAP END
   wish = ""; // what NICK asked for; the account decides
   realName: string | undefined; // what USER gave
   password = ""; // what PASS gave, until it is tried
-  mechanism = ""; // of SASL, once it was tried
+  mechanism = ""; // that of SASL which it tried last, or PASS if that let it in
   exchange: Exchange<Member> | undefined; // of SASL
   received = ""; // the first pieces of a message of that
   wrongPasswords = 0;
@@ -1066,6 +1066,7 @@ export class Session {
     this.told = false;
     this.send(toBytes(format("PING", [SERVER])));
   }
+  /** It has answered. */
   pong(): void {
     if (this.member && this.askedAt) this.member.reachedAt = Math.max(this.member.reachedAt, this.askedAt);
     this.askedAt = 0;
@@ -1095,12 +1096,9 @@ export class Session {
       this.#pieces = 0;
       this.charge(0, Math.max(1, (split.text?.length ?? 0) / LIMITS.bodyBytes));
       void this.#execute(split);
-      this.#chargeWork(performance.now() - at);
+      const took = Math.min(performance.now() - at, LIMITS.workMs);
+      this.charge(took * Math.min(LIMITS.workFactor, 1000 / this.server.options.rate));
     }
-  }
-  #chargeWork(ms: number): void {
-    const least = 1000 / LIMITS.workFactor; // lines a second
-    this.charge(Math.min(ms, LIMITS.workMs) * 1000 / Math.max(this.server.options.rate, least));
   }
   #resume(): void {
     this.#timer = undefined;
@@ -1730,7 +1728,8 @@ function say(session: Session, [targets = "", words = ""]: readonly string[], { 
     } else if (room) refuse("404", room.name, "Cannot send to channel");
     else if (other) {
       const happened = { kind, nick: member.nick, target: other.nick, text, tags };
-      const event = server.history.record(kind === "TAGMSG" ? new Log() : member.talkWith(other), happened);
+      const log = kind === "TAGMSG" ? new Log() : member.talkWith(other); // an empty talk would stay for ever
+      const event = server.history.record(log, happened);
       server.deliver(event, new Set([member, other]), session);
       for (const one of other.sessions) one.told = true;
       if (other === member) session.tell(event); // besides the echo, if there is one: it is also the one that is told
@@ -2213,7 +2212,11 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   return { server, stop, port: typeof address === "object" && address ? address.port : port };
 }
 
-let STOP: Buffer | undefined;
+/**
+ * A paused socket reads on until so many bytes wait. If they come one by one each of them is an object, and they cost a
+ * hundred times their size. So a socket that is paused is made to believe that they wait already: this is put there.
+ */
+let enough: Buffer | undefined;
 
 /** Makes a session of a socket. */
 function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509Certificate): void {
@@ -2221,9 +2224,7 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
   const who = `${socket.remoteAddress}:${socket.remotePort}`;
   if (explain) facts(socket, certificate).forEach((fact) => explain(`${who} ${fact}`));
   let flowing = true;
-  // A paused socket reads on until so many bytes wait: one by one, if they come so, and each costs a hundred of memory.
-  // So it is made to believe that they wait already.
-  const stop = STOP ??= Buffer.alloc(socket.readableHighWaterMark);
+  const stop = enough ??= Buffer.alloc(socket.readableHighWaterMark);
   const session = server.open({
     address: socket.remoteAddress ?? "",
     write: (bytes) => {
@@ -2738,7 +2739,7 @@ class Client {
   #leaving = false;
   #roomless = false; // one has left the last room
   #draining = false; // there is no more input: it leaves when everything is sent
-  #slow = false; // a person took longer to answer than the server waited
+  #slow = false; // a person was asked, and may have taken longer to answer than the server waited
   #refused = 0;
   readonly #outbox = new Map<number, readonly [command: string, target: string, text: string]>();
   readonly #instance = crypto.randomBytes(9).toString("base64url");
@@ -2803,10 +2804,11 @@ class Client {
         this.link = await connect(this.options);
         await this.#trust(this.link);
         await this.#logIn(this.link);
+        this.#slow = false;
         for (tries = 0;;) this.#handle(await this.link.next());
       } catch (error) {
         if (this.#leaving) return this.#status;
-        const lost = error instanceof Lost && (this.#wasIn || this.#slow);
+        const lost = error instanceof Lost && (this.#wasIn || this.#slow && this.link?.ended);
         if (!lost) throw error;
         if (!this.#slow) await this.#waitToRetry(tries++, error.message);
         this.#slow = false;
@@ -2877,7 +2879,7 @@ class Client {
         throw new Fault("that is not how the key of this server ends", "this may be another server than yours", 3);
       }
       link.trust = "somebody compared its key";
-      this.#slow = link.ended !== "";
+      this.#slow = true;
     }
     if (problem) this.#pin = pin;
     if (link.ended) throw new Lost(link.ended, "is the server still running?");
@@ -2919,20 +2921,20 @@ class Client {
     }
   }
   /** Asks a person. If that takes longer than the server waits, everything begins anew, with the answer. */
-  async #ask(link: Link, question: string, hint: string, hidden = false): Promise<string> {
+  async #ask(question: string, hint: string, hidden = false): Promise<string> {
     const answer = await this.screen.ask(question, hidden);
     if (answer === undefined) throw new Fault("there is nobody to ask", hint, 2);
-    this.#slow = link.ended !== "";
+    this.#slow = true;
     return answer;
   }
   /** Introduces itself, after asking for what is missing. */
   async #introduce(link: Link, withPassword: boolean): Promise<void> {
     while (!isNick(this.nick)) {
       if (this.nick) this.screen.note(REFUSALS["bad nick"]);
-      this.nick = (await this.#ask(link, "Nick: ", "./chat join NICK@HOST")).trim();
+      this.nick = (await this.#ask("Nick: ", "./chat join NICK@HOST")).trim();
     }
     if (withPassword && !this.#keys) {
-      while (!this.#password) this.#password = await this.#ask(link, "Password: ", "CHAT_PASSWORD sets it", true);
+      while (!this.#password) this.#password = await this.#ask("Password: ", "CHAT_PASSWORD sets it", true);
     }
     link.send("NICK", [this.nick]);
     link.send("USER", [this.nick, "0", "*", this.nick]);
@@ -2954,7 +2956,7 @@ class Client {
   /** SCRAM-SCRYPT-PLUS: "in", "unknown" if there is no such account, or what went wrong. */
   async #prove(link: Link): Promise<string> {
     const binding = sha256(link.certificate?.raw ?? "");
-    const scram = scramClient(this.nick, (salt) => this.#keysFor(link, salt), binding);
+    const scram = scramClient(this.nick, (salt) => this.#keysFor(salt), binding);
     let { value: message } = await scram.next();
     link.send("AUTHENTICATE", ["SCRAM-SCRYPT-PLUS"]);
     await link.next("AUTHENTICATE", "904");
@@ -2993,9 +2995,9 @@ class Client {
       return "in";
     }
   }
-  async #keysFor(link: Link, salt: Buffer): Promise<Keys> {
+  async #keysFor(salt: Buffer): Promise<Keys> {
     if (this.#keys?.salt.equals(salt)) return this.#keys;
-    this.#password ??= await this.#ask(link, `Password of ${this.nick}: `, "it was changed: join anew", true);
+    this.#password ??= await this.#ask(`Password of ${this.nick}: `, "it was changed: join anew", true);
     return this.#keys = await deriveKeys(this.#password, salt);
   }
   /** Registers the nick with a verifier; the password itself stays here. */
@@ -3003,7 +3005,7 @@ class Client {
     if (this.#wasIn) this.screen.note(`the server has forgotten the account ${this.nick}; told it again`);
     else if (this.options.password === undefined) {
       const question = `No account ${this.nick} here yet. The same password again registers it: `;
-      if (await this.#ask(link, question, "", true) !== this.#password) {
+      if (await this.#ask(question, "", true) !== this.#password) {
         this.#password = undefined;
         return this.screen.note("these were two different passwords; nothing is registered");
       }
