@@ -46,7 +46,7 @@ export const LIMITS = Object.freeze({
   workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
   pieceLines: 0.5, // are what a piece of a line costs; each is an object of its own, so that
   pieces: 64, // of them, without a line, and faster than the pace, are too many
-  turnMs: 0.1, // of executing lines of one session; then it is the others' turn
+  turnMs: 0.5, // of executing lines of one session; then it is the others' turn. Shorter ones make a lone sender slow
   // Memory.
   inputBytes: 256 * 1024, // received from a session and not yet executed
   owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait

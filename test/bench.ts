@@ -365,11 +365,11 @@ const paced = (ears: Ears, rate: number) => async (running: () => boolean) => {
   await Promise.all(all);
 };
 
-/** As fast as it goes, with so many messages under way. */
-const flying = (ears: Ears, inFlight: number) => async (running: () => boolean) => {
+/** As fast as it goes, with so many messages under way, from so many members. */
+const flying = (ears: Ears, inFlight: number, senders = ears.members.length) => async (running: () => boolean) => {
   let next = 0;
   await Promise.all(Array.from({ length: inFlight }, async () => {
-    while (running()) await ears.say(next++ % ears.members.length);
+    while (running()) await ears.say(next++ % senders);
   }));
 };
 
@@ -537,6 +537,7 @@ const CASES: Readonly<Record<string, (subject: Subject) => Promise<Figures>>> = 
   "talk: 200 members, 50/s": (subject) => talkCase(subject, 200, (ears) => paced(ears, 50)),
   "fast: 200 members, 20 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 20)),
   "fast: 200 members, 200 in flight": (subject) => talkCase(subject, 200, (ears) => flying(ears, 200)),
+  "fast: 200 members, 20 in flight from one": (subject) => talkCase(subject, 200, (ears) => flying(ears, 20, 1)),
   "talk: 1000 members, 20/s": (subject) => talkCase(subject, 1000, (ears) => paced(ears, 20)),
   "join: 1000 members": async (subject) => {
     if (subject.hasAccounts) await each(1000, (at) => enlist(subject, nickOf(at)));
