@@ -2302,6 +2302,15 @@ export function environment(name: string): string | undefined {
   }
 }
 
+/** Writes to a standard stream. A failure is an `error` event of it, also where the runtime throws instead (Deno). */
+function write(stream: NodeJS.WriteStream, text: string | Buffer): boolean {
+  try {
+    return stream.write(text);
+  } catch (error) {
+    return stream.emit("error", error);
+  }
+}
+
 /** How many colours there are: 0, 16 or 256. */
 function colours(): number {
   const [force, term = ""] = [environment("FORCE_COLOR"), environment("TERM")];
@@ -2415,7 +2424,7 @@ export class Screen {
   }
   /** What readline draws is seen in plain mode only, and there but for what is hidden. */
   #echo = (text: string): boolean =>
-    this.kind !== "plain" || this.#asking?.hidden && text.trim() ? true : process.stdout.write(text);
+    this.kind !== "plain" || this.#asking?.hidden && text.trim() ? true : write(process.stdout, text);
   get columns(): number {
     return process.stdout.columns || 80;
   }
@@ -2440,7 +2449,7 @@ export class Screen {
   }
   /** Shows a line of what is said. On a terminal a long text goes on behind its head, not under it. */
   say(head: string, text: string, code: number | string = ""): void {
-    if (this.kind !== "terminal") return void process.stdout.write(`${head}${text}\n`);
+    if (this.kind !== "terminal") return void write(process.stdout, `${head}${text}\n`);
     const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
     const paint = (row: string) => code === "" ? row : this.paint(code, row);
     const [first = "", ...rest] = wrap(text, this.columns - 1 - indent);
@@ -2448,15 +2457,15 @@ export class Screen {
   }
   /** Shows a line of the program's; `--` marks it as one, where what people say may stand beside it. */
   note(text: string, mark = "-- "): void {
-    if (this.kind === "pipe") process.stderr.write(`chat: ${text}\n`);
+    if (this.kind === "pipe") write(process.stderr, `chat: ${text}\n`);
     else this.say(this.paint(2, mark), text, 2);
   }
   bell(): void {
-    if (this.kind !== "pipe") process.stdout.write("\x07");
+    if (this.kind !== "pipe") write(process.stdout, "\x07");
   }
   clear(): void {
     if (this.kind !== "terminal") return;
-    process.stdout.write("\x1b[H\x1b[2J\x1b[3J");
+    write(process.stdout, "\x1b[H\x1b[2J\x1b[3J");
     this.#drawn = { rows: [0], row: 0, column: 0 };
     this.#redraw();
   }
@@ -2465,7 +2474,7 @@ export class Screen {
     if (this.kind === "pipe" || this.#closed) return undefined;
     const early = this.#lines.shift();
     if (early !== undefined) return early;
-    if (this.kind === "plain") process.stdout.write(question);
+    if (this.kind === "plain") write(process.stdout, question);
     const text = await new Promise<string | undefined>((answer) => {
       this.#asking = { question, hidden, answer };
       this.#redraw();
@@ -2533,7 +2542,7 @@ export class Screen {
       out += `${rows.join("\r\n")}${below ? `\x1b[${below}A` : ""}\r${column ? `\x1b[${column}C` : ""}`;
       this.#drawn = { rows: rows.map(cells), row, column };
     }
-    process.stdout.write(out);
+    write(process.stdout, out);
   }
   /** The prompt and the line as rows, no more than fit, and where the cursor is in them. */
   #layOut(width: number): { rows: string[]; row: number; column: number } {
@@ -2681,7 +2690,7 @@ function connect({ host, port, ca, keylog }: JoinOptions): Promise<Link> {
     const timer = setTimeout(() => fail("timed out"), LIMITS.handshakeMs);
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
     socket.on("close", () => fail("closed"));
-    if (keylog) socket.on("keylog", (line) => process.stderr.write(line));
+    if (keylog) socket.on("keylog", (line) => write(process.stderr, line));
     socket.setNoDelay(true);
     socket.once("secureConnect", () => {
       clearTimeout(timer);
@@ -3591,10 +3600,10 @@ async function mainServe(args: readonly string[]): Promise<number> {
   const [secret, key, cert] = ["CHAT_SECRET", "CHAT_KEY", "CHAT_CERT"].map(environment);
   const identity = makeIdentity({ ...secret && { secret }, ...key && { key }, ...cert && { cert } });
   let screen: Screen | undefined;
-  const tell = (line: string) => screen ? screen.note(line) : process.stderr.write(`chat: ${line}\n`);
+  const tell = (line: string) => screen ? screen.note(line) : write(process.stderr, `chat: ${line}\n`);
   const log = (line: string) => void tell(`${new Date().toTimeString().slice(0, 8)} ${line}`);
   const watch = {
-    ...keylog && { keylog: (line: Buffer) => void process.stdout.write(line) },
+    ...keylog && { keylog: (line: Buffer) => void write(process.stdout, line) },
     ...explain && { explain: (line: string) => void tell(line) },
   };
   const limits = { ...maxClients && { maxClients: +maxClients }, ...perAddress && { perAddress: +perAddress } };
@@ -3665,11 +3674,13 @@ async function mainJoin(args: readonly string[]): Promise<number> {
 
 /** Runs a command line. @returns the exit status. */
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
+  // A log that cannot be written (its reader has gone, the disk is full) must not end the server with all accounts.
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
   try {
     const run = rowOf({ serve: mainServe, join: mainJoin }, command);
     if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
-    if (run || /^(help|--help|-h)$/.test(command)) process.stdout.write(`${help(run ? command : args[0])}\n`);
-    else if (/^(version|--version)$/.test(command)) process.stdout.write(`chat ${VERSION}\n`);
+    if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
+    else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
     else if (!command) throw wrong("serve or join?", "chat help");
     else {throw wrong(
         `there is no chat ${command}`,
@@ -3678,7 +3689,7 @@ export async function main([command = "", ...args]: readonly string[]): Promise<
     return 0;
   } catch (error) {
     const { message, hint, status = 1 } = error as Partial<Fault>;
-    process.stderr.write(`chat: ${message}\n${hint ? `chat: hint: ${hint}\n` : ""}`);
+    write(process.stderr, `chat: ${message}\n${hint ? `chat: hint: ${hint}\n` : ""}`);
     return status;
   }
 }

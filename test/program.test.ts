@@ -54,6 +54,29 @@ async function other(t: TestContext, server: net.Server): Promise<number> {
   return (server.address() as net.AddressInfo).port;
 }
 
+/** A port that nobody listens on. */
+async function freePort(): Promise<number> {
+  const server = net.createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as net.AddressInfo;
+  server.close();
+  await once(server, "close");
+  return port;
+}
+
+/** Waits until something listens on a port, which a server without a log cannot announce. */
+async function untilListening(port: number): Promise<void> {
+  for (const late = performance.now() + WAIT_MS; performance.now() < late;) {
+    const socket = net.connect(port, "127.0.0.1");
+    const listens = await new Promise((resolve) => {
+      socket.on("connect", () => resolve(true)).on("error", () => resolve(false));
+    });
+    socket.destroy();
+    if (listens) return;
+  }
+  throw new Error(`nothing listens on port ${port}`);
+}
+
 const privateKey = generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
 const STRANGER = { key: privateKey.export({ type: "pkcs8", format: "pem" }), cert: selfSigned(privateKey) };
 
@@ -212,6 +235,35 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     server.child.kill(signal);
     await ana.wait(/ERROR :The server is stopping\r\n/);
     await ana.closed;
+    assert.equal(await server.ended, 0);
+  });
+}
+
+for (const runtime of ["binary", "node", "deno"] as const) {
+  test(`a server outlives the reader of its log (${runtime})`, async (t) => {
+    const server = await serveProcess(t, [], { runtime });
+    server.child.stderr?.destroy();
+    const ana = await enter(t, server.port, "ana"); // which the log cannot tell
+    const bo = await enter(t, server.port, "bo");
+    ana.send("PRIVMSG #chat :still here");
+    await bo.wait(/PRIVMSG #chat :still here\r\n/);
+    server.child.kill("SIGTERM");
+    assert.equal(await server.ended, 0);
+  });
+
+  test(`a server and a client go on when the disk of their logs is full (${runtime})`, async (t) => {
+    const full = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", ...RUNTIMES[runtime]()];
+    const port = await freePort();
+    const server = new help.Running(t, [...full, "serve", `127.0.0.1:${port}`]);
+    await untilListening(port);
+    const bo = await enter(t, port, "bo");
+    const ana = new help.Running(t, [...full, "join", `ana@127.0.0.1:${port}`], { CHAT_PASSWORD: "secret" });
+    ana.write("one\n");
+    await bo.wait(/:ana!ana@chat PRIVMSG #chat :one\r\n/);
+    ana.end("two\n");
+    await bo.wait(/:ana!ana@chat PRIVMSG #chat :two\r\n/);
+    assert.equal(await ana.ended, 0);
+    server.child.kill("SIGTERM");
     assert.equal(await server.ended, 0);
   });
 }
