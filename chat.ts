@@ -2290,7 +2290,8 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
  *   prompt and the line are drawn here, in rows one cell narrower than the terminal, so that it never wraps them
  *   itself. A turn of the event loop draws once, whatever came in.
  * - Plain mode is for screen readers and dumb terminals: nothing is drawn twice, and there is no colour.
- * - Nothing comes here that did not go through `clean`, but for the colours that `paint` puts around it.
+ * - Every text goes through `clean` here, so that nothing that came from the wire can control the terminal. Only the
+ *   head of a message is taken as it is: its names are clean, and `paint` has put its colours around them.
  * ================================================================================================================== */
 
 /** Reads an environment variable. Empty is unset, and so is what may not be read (Deno without --allow-env). */
@@ -2449,6 +2450,7 @@ export class Screen {
   }
   /** Shows a line of what is said. On a terminal a long text goes on behind its head, not under it. */
   say(head: string, text: string, code: number | string = ""): void {
+    text = clean(text);
     if (this.kind !== "terminal") return void write(process.stdout, `${head}${text}\n`);
     const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
     const paint = (row: string) => code === "" ? row : this.paint(code, row);
@@ -2457,7 +2459,7 @@ export class Screen {
   }
   /** Shows a line of the program's; `--` marks it as one, where what people say may stand beside it. */
   note(text: string, mark = "-- "): void {
-    if (this.kind === "pipe") write(process.stderr, `chat: ${text}\n`);
+    if (this.kind === "pipe") write(process.stderr, `chat: ${clean(text)}\n`);
     else this.say(this.paint(2, mark), text, 2);
   }
   bell(): void {
@@ -2472,6 +2474,7 @@ export class Screen {
   /** Asks a person for a line; undefined if there is nobody to answer. What is hidden is never shown. */
   async ask(question: string, hidden = false): Promise<string | undefined> {
     if (this.kind === "pipe" || this.#closed) return undefined;
+    question = clean(question);
     const early = this.#lines.shift();
     if (early !== undefined) return early;
     if (this.kind === "plain") write(process.stdout, question);
@@ -2925,7 +2928,7 @@ class Client {
     link.send("CAP", ["END"]);
     for (;;) {
       const line = await link.next();
-      if (line.command === "001") return this.#welcomed(link, line.params[0] ?? this.nick);
+      if (line.command === "001") return this.#welcomed(link, clean(line.params[0] ?? this.nick));
       if (/^4\d\d$/.test(line.command)) throw new Fault(said(line), "./chat join NICK@HOST takes another nick");
     }
   }
@@ -3168,9 +3171,7 @@ class Client {
       case "366":
         return this.#greet(this.rooms.get(fold(second)));
       case "322":
-        return this.screen.note(
-          `${clean(second)}: ${third} in it${line.params[3] ? `; ${clean(line.params[3])}` : ""}`,
-        );
+        return this.screen.note(`${second}: ${third} in it${line.params[3] ? `; ${line.params[3]}` : ""}`);
       case "005":
         this.#page = Math.min(this.#page, Number(/ CHATHISTORY=(\d+)/.exec(text)?.[1] || this.#page));
         return;
@@ -3689,7 +3690,7 @@ export async function main([command = "", ...args]: readonly string[]): Promise<
     return 0;
   } catch (error) {
     const { message, hint, status = 1 } = error as Partial<Fault>;
-    write(process.stderr, `chat: ${message}\n${hint ? `chat: hint: ${hint}\n` : ""}`);
+    write(process.stderr, `chat: ${clean(`${message}`)}\n${hint ? `chat: hint: ${clean(hint)}\n` : ""}`);
     return status;
   }
 }

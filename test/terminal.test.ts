@@ -2,7 +2,7 @@
 // What a person sees and types: the built executable in tmux.
 import assert from "node:assert/strict";
 import { test, type TestContext } from "node:test";
-import { cells } from "../chat.ts";
+import { cells, type Server } from "../chat.ts";
 import {
   BINARY,
   enter,
@@ -21,15 +21,21 @@ const TMUX = wants("tmux");
 async function joined(
   t: TestContext,
   { columns = 80, rows = 24, args = [] as readonly string[], runtime = "binary" as Runtime, env = {} } = {},
-): Promise<{ ana: Terminal; bo: Irc; port: number }> {
-  const { port } = await serveHere(t);
+): Promise<{ ana: Terminal; bo: Irc; port: number; server: Server }> {
+  const { port, server } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   const command = [...RUNTIMES[runtime](), "join", `ana@127.0.0.1:${port}`, ...args];
   const ana = new Terminal(t, command, { columns, rows, env: { CHAT_PASSWORD: "secret", ...env } });
   await bo.wait(/:ana!ana@chat JOIN #chat/);
   await ana.wait(/^#chat> *$|^Welcome to/m);
-  return { ana, bo, port };
+  return { ana, bo, port, server };
 }
+
+/** What a hostile text would change about a terminal: its title, its screen, its modes. */
+const stateOf = (terminal: Terminal) =>
+  terminal.ask(
+    "#{pane_title}|#{alternate_on}|#{cursor_flag}|#{insert_flag}|#{keypad_flag}|#{mouse_any_flag}|#{origin_flag}|#{wrap_flag}|#{scroll_region_upper}|#{scroll_region_lower}",
+  );
 
 for (const runtime of Object.keys(RUNTIMES) as Runtime[]) {
   test(`a newcomer is led into the room on ${runtime}`, TMUX, async (t) => {
@@ -177,11 +183,7 @@ test("thousands of lines may arrive while one types: the line is whole, and ever
 
 test("what others send does not touch the terminal, whatever bytes and characters it has", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { columns: 80, rows: 24 });
-  const state = () =>
-    ana.ask(
-      "#{pane_title}|#{alternate_on}|#{cursor_flag}|#{insert_flag}|#{keypad_flag}|#{mouse_any_flag}|#{origin_flag}|#{wrap_flag}|#{scroll_region_upper}|#{scroll_region_lower}",
-    );
-  const before = state();
+  const before = stateOf(ana);
   const sequences = [
     "\x1b]0;owned\x07",
     "\x1b[2J",
@@ -215,7 +217,7 @@ test("what others send does not touch the terminal, whatever bytes and character
   }
   bo.send("PRIVMSG #chat :the end");
   await ana.wait(/the end\n#chat>$/);
-  assert.equal(state(), before);
+  assert.equal(stateOf(ana), before);
   const seen = ana.screen({ history: true });
   assert.match(seen, /a�\]0;owned�b/);
   assert.match(seen, /byte 27 <�>/);
@@ -223,6 +225,28 @@ test("what others send does not touch the terminal, whatever bytes and character
   assert.doesNotMatch(seen, /[\u0080-\u009f\u202a-\u202e\u2066-\u2069\u200b-\u200f]/);
   const colours = ana.screen({ escapes: true }).split("\n").filter((line) => line.includes("the end"));
   assert.doesNotMatch(colours.join(""), /\x1b\[31m/);
+});
+
+test("no parameter of any line from a server reaches the terminal uncleaned", TMUX, async (t) => {
+  const { ana, server } = await joined(t, { columns: 200, rows: 50 });
+  const [session] = [...server.sessions].filter(({ nick }) => nick === "ana");
+  assert.ok(session);
+  const before = stateOf(ana);
+  const evil = "\x1b]0;owned\x07\x1b[2J\x1b[?25l\x9b4h";
+  const numerics = Array.from({ length: 1000 }, (_, code) => String(code).padStart(3, "0"));
+  for (const command of [...numerics, ..."NICK KICK FAIL NOTE WARN ERR NOTICE PRIVMSG TOPIC JOIN PART QUIT".split(" ")]) {
+    const words = command === "322" || Number(command) % 2 ? ["ana", evil, evil, evil] : ["ana", "#chat", evil, evil];
+    session.answer(`:${evil}!x@chat ${command} ${words.join(" ")} :${evil} ${command}`);
+  }
+  session.answer(`:bo!bo@chat PRIVMSG #chat :the end`);
+  await ana.wait(/the end\n\S+> *$/);
+  assert.equal(stateOf(ana), before);
+  ana.enter("/who");
+  ana.enter("/topic");
+  ana.enter("/help");
+  await ana.wait(/-- \/\/TEXT/);
+  assert.equal(stateOf(ana), before);
+  assert.match(ana.screen({ history: true }), /-- �\]0;owned�.*: �\]0;owned\S* in it; �/);
 });
 
 test(
