@@ -1848,14 +1848,18 @@ async function authenticate(session: Session, [text = ""]: readonly string[]): P
   return session.server.complete(session);
 }
 
+/** Only the first word of such a password would count, and be all that is needed to log in. */
+const COLON_MISSING = "A password with spaces needs a colon before it, as in PASS :two words";
+
 /** REGISTER: makes an account before connecting, of a password or of a verifier (IRCv3 draft/account-registration). */
-async function register(session: Session, [name = "", email, secret = ""]: readonly string[]): Promise<void> {
+async function register(session: Session, [name = "", email, secret = "", ...more]: readonly string[]): Promise<void> {
   const { server, wish } = session;
   const fail = (code: string, text: string) => session.reply("FAIL", "REGISTER", code, name, text);
   if (session.member) return fail("ALREADY_AUTHENTICATED", "You are logged in");
   if (!wish) return fail("NEED_NICK", "Send NICK first");
   if (name !== "*" && fold(name) !== fold(wish)) return fail("ACCOUNT_NAME_MUST_BE_NICK", "Send NICK with this name");
   if (email !== "*") return fail("UNACCEPTABLE_EMAIL", "No e-mail address is kept here: send *");
+  if (more.length) return fail("UNACCEPTABLE_PASSWORD", COLON_MISSING);
   const verifier = readVerifier(secret);
   if (verifier === "bad" || !secret || secret.length > LIMITS.password) {
     return fail("UNACCEPTABLE_PASSWORD", "This is neither a password nor a verifier as all are here");
@@ -1874,8 +1878,9 @@ async function register(session: Session, [name = "", email, secret = ""]: reado
 }
 
 /** PASS: a password to log in with; after that, from who logged in by SCRAM, the verifier of a new one. */
-function pass(session: Session, [secret = ""]: readonly string[]): void | Promise<void> {
+function pass(session: Session, [secret = "", ...more]: readonly string[]): void | Promise<void> {
   const { member, mechanism, server } = session;
+  if (more.length) return session.numeric("464", COLON_MISSING);
   const verifier = readVerifier(secret);
   if (member && !(verifier && mechanism.startsWith("SCRAM"))) return session.numeric("462", "You may not reregister");
   if (verifier === "bad" || (verifier && !member)) {

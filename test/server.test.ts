@@ -48,6 +48,20 @@ test("a wrong password is 464, never 433, and three of them end the connection",
   assert.doesNotMatch(irc.all, / 433 /);
 });
 
+test("a password with spaces and no colon before it is refused with words, and registers nothing", async (t) => {
+  const { port, server } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("PASS correct horse battery staple", "NICK ana", "USER a 0 * :a");
+  await irc.wait(/ 464 \* :A password with spaces needs a colon before it/);
+  await irc.wait(/NOTICE ana :Set a server password/);
+  irc.send("REGISTER * * correct horse battery staple");
+  await irc.wait(/FAIL REGISTER UNACCEPTABLE_PASSWORD \* :A password with spaces needs a colon/);
+  assert.equal(server.accounts.find("ana"), undefined);
+  irc.send("PASS :correct horse battery staple");
+  await irc.wait(/NOTICE ana :ana is registered now/);
+  await enter(t, port, "ana", "", ":correct horse battery staple");
+});
+
 test("without a password one is told what to do, and PASS still works then", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
