@@ -22,7 +22,7 @@ export const LIMITS = Object.freeze({
   bodyBytes: 512, // without its tags, CR LF included (RFC 1459, 2.3)
   clientTagBytes: 4096, // the tags that a client sends, "@" and the space included
   serverTagBytes: 8191, // the tags that a server sends, likewise
-  targets: 4, // of one PRIVMSG, JOIN and the like
+  targets: 4, // of one message
   nick: 20, // characters
   room: 50, // bytes of a room's name
   topic: 300, // bytes
@@ -1596,6 +1596,13 @@ const REFUSALS: Readonly<Record<Refusal, string>> = {
   "often": "Too many attempts; try again later",
 };
 
+/** How many targets a command takes: a message goes to a few, the other lists are as long as a line. */
+const TARGMAX = [
+  ...["PRIVMSG", "NOTICE", "TAGMSG"].map((name) => `${name}:${LIMITS.targets}`),
+  ...["JOIN", "PART", "NAMES", "LIST"].map((name) => `${name}:`),
+  "WHOIS:1",
+].join(",");
+
 /** What comes first after logging in, up to the end of the MOTD. */
 function greet(session: Session): void {
   const { server: { options, started }, nick } = session;
@@ -1604,9 +1611,9 @@ function greet(session: Session): void {
   session.numeric("003", `This server was started ${started.toUTCString()}`);
   session.numeric("004", SERVER, `chat-${VERSION}`, "i", "n");
   const support =
-    `NETWORK=${options.name.replaceAll(" ", "\\x20")} CASEMAPPING=ascii UTF8ONLY CHANTYPES=# PREFIX= WHOX ` +
+    `NETWORK=${options.name.replaceAll(" ", "\\x20")} CASEMAPPING=ascii UTF8ONLY CHANTYPES=# PREFIX=(ov)@+ WHOX ` +
     `CHANMODES=b,,,n SAFELIST NICKLEN=${LIMITS.nick} CHANNELLEN=${LIMITS.room} TOPICLEN=${LIMITS.topic} ` +
-    `AWAYLEN=${LIMITS.text} CHANLIMIT=#:${LIMITS.roomsPerMember} MAXTARGETS=${LIMITS.targets} ` +
+    `AWAYLEN=${LIMITS.text} CHANLIMIT=#:${LIMITS.roomsPerMember} TARGMAX=${TARGMAX} ` +
     `CHATHISTORY=${LIMITS.chathistory} MSGREFTYPES=msgid,timestamp`;
   for (const line of inLines(support.split(" "), 150)) {
     session.numeric("005", ...line.split(" "), "are supported by this server");
@@ -1705,23 +1712,31 @@ function whois(session: Session, params: readonly string[]): void {
 }
 
 /** The names in a list, each once. */
-const list = (text: string) =>
-  [...new Map(text.split(",").filter(Boolean).map((name) => [fold(name), name])).values()].slice(0, LIMITS.targets);
+const list = (text: string) => [
+  ...new Map(text.split(",").filter(Boolean).map((name) => [fold(name), name])).values(),
+];
 
 /** A text of its own: a part of a line would keep the whole line in memory. */
 const copied = (text: string) => Buffer.from(text).toString();
 
-/** PRIVMSG, NOTICE and TAGMSG. A NOTICE is never answered with an error, so that robots do not answer each other. */
-function say(session: Session, [targets = "", words = ""]: readonly string[], { command, tags: all }: Line): void {
+/**
+ * PRIVMSG, NOTICE and TAGMSG. A NOTICE is not answered with an error, so that robots do not answer each other; but to
+ * whom it did not go because of a limit is said.
+ */
+function say(session: Session, [targets = "", words = ""]: readonly string[], line: Line): void {
   const { server, member } = session;
-  const kind = command as "PRIVMSG" | "NOTICE" | "TAGMSG";
+  const kind = line.command as "PRIVMSG" | "NOTICE" | "TAGMSG";
   const refuse = (code: string, ...params: string[]) =>
     kind === "NOTICE" ? undefined : session.numeric(code, ...params);
   const text = kind === "TAGMSG" ? "" : copied(words);
   if (!member || (!text && kind !== "TAGMSG")) return refuse("412", "No text to send");
-  const relayed = all.size ? [...all].filter(([name]) => name.startsWith("+")) : [];
+  const relayed = line.tags.size ? [...line.tags].filter(([name]) => name.startsWith("+")) : [];
   const tags = relayed.map(([name, value]) => [copied(name), copied(value)] as const);
-  for (const target of list(targets)) {
+  const all = list(targets);
+  for (const target of all.slice(LIMITS.targets)) {
+    session.numeric("407", target, `Too many targets: a message goes to ${LIMITS.targets}, and not to this one`);
+  }
+  for (const target of all.slice(0, LIMITS.targets)) {
     const [room, other] = [server.rooms.get(fold(target)), server.accounts.find(target)];
     if (room && member.rooms.has(room)) {
       server.deliver(server.happens(room, kind, member.nick, text, tags), room.members, session);

@@ -356,6 +356,19 @@ test("JOIN and PART take several rooms; the topic and the names follow a JOIN; a
   assert.match(answers, / 476 ana nonsense /);
 });
 
+test("JOIN, NAMES, LIST and PART take lists as long as a line", async (t) => {
+  const { ana } = await two(t);
+  const rooms = Array.from({ length: 19 }, (_, at) => `#r${at}`); // with the first room, as many as one may be in
+  ana.send(`JOIN ${rooms.join(",")}`);
+  const joins = await ana.sync();
+  assert.equal(lines(joins, /:ana!ana@chat JOIN #r\d/).length, rooms.length);
+  ana.send(`NAMES ${rooms.join(",")}`, `LIST ${rooms.join(",")}`, `PART ${rooms.join(",")}`);
+  const answers = await ana.sync();
+  assert.equal(lines(answers, / 353 ana = #r\d+ :ana$/).length, rooms.length);
+  assert.equal(lines(answers, / 322 ana #r\d+ 1 :/).length, rooms.length);
+  assert.equal(lines(answers, /:ana!ana@chat PART #r\d/).length, rooms.length);
+});
+
 test("a topic is shown, set by anybody in the room, and removed", async (t) => {
   const { ana, bo } = await two(t, { topic: "welcome" });
   ana.send("TOPIC #chat");
@@ -396,8 +409,16 @@ test("a message can go to several targets, but not to a crowd of them", async (t
   await bo.wait(/PRIVMSG bo :all of you\r\n/);
   await cy.wait(/PRIVMSG cy :all of you\r\n/);
   await cy.wait(/PRIVMSG #chat :all of you\r\n/);
-  ana.send(`PRIVMSG ${Array.from({ length: 20 }, (_, at) => `nobody${at}`).join(",")} :again`);
-  assert.equal(lines(await ana.sync(), / 401 ana nobody/).length, chat.LIMITS.targets);
+  const many = Array.from({ length: 20 }, (_, at) => `nobody${at}`);
+  ana.send(`PRIVMSG ${many.join(",")} :again`);
+  const answers = await ana.sync();
+  assert.deepEqual(lines(answers, / 401 ana nobody/).length, chat.LIMITS.targets);
+  const refused = [...answers.matchAll(/ 407 ana (\S+) :Too many targets/g)].map(([, target]) => target);
+  assert.deepEqual(refused, many.slice(chat.LIMITS.targets));
+  for (const command of ["NOTICE", "@+typing=active TAGMSG"]) {
+    ana.send(`${command} ana,bo,cy,#chat,one,two :again`);
+    assert.equal(lines(await ana.sync(), / 407 ana (one|two) /).length, 2, command);
+  }
   ana.send("PRIVMSG bo,BO,bo :once");
   await ana.sync();
   await bo.sync();
@@ -562,6 +583,8 @@ test("ISUPPORT says what is so", async (t) => {
       "CASEMAPPING=ascii",
       "UTF8ONLY",
       "CHANTYPES=#",
+      "PREFIX=(ov)@+",
+      "TARGMAX=PRIVMSG:4,NOTICE:4,TAGMSG:4,JOIN:,PART:,NAMES:,LIST:,WHOIS:1",
       "NICKLEN=20",
       "CHANNELLEN=50",
       "CHATHISTORY=100",
