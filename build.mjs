@@ -253,6 +253,6 @@ const others = mode === "--platform" ? rest.join(",").split(",") : [];
 const platforms = others.includes("all") ? Object.keys(RUNTIMES) : others;
 for (const platform of new Set([HOST, ...platforms])) executable(platform, program);
 if (mode === "--run") {
-  become(path.join(DIST, `chat${suffix(HOST)}`), rest);
+  become(path.join(path.relative(ROOT, DIST), `chat${suffix(HOST)}`), rest); // as one would type it
 } else if (mode === "--test") test(rest);
 else if (mode === "--bench") become(runtime(HOST), [path.join(ROOT, "test", "bench.ts"), ...rest]);

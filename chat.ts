@@ -76,6 +76,18 @@ export const LIMITS = Object.freeze({
   hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
 });
 
+/** How the program was invoked: every command that is printed for copying begins like that. */
+const CHAT = invocation();
+
+function invocation(): string {
+  const [, file = "chat"] = process.argv; // the executable as it was typed, or the whole path of a script
+  if ("Deno" in globalThis) return "deno run --allow-net --allow-env chat.ts";
+  const isScript = /\.m?[jt]s$/.test(file);
+  const short = isScript && file.startsWith(`${process.cwd()}/`) ? file.slice(process.cwd().length + 1) : file;
+  const word = /[^\w./\\:@+-]/.test(short) ? `'${short}'` : short;
+  return isScript ? `node ${word}` : word;
+}
+
 /** What ends the program, or one try of it, in words for a person; `status` is the exit status. */
 export class Fault extends Error {
   readonly hint: string;
@@ -2291,7 +2303,7 @@ const HANDSHAKE_PROBLEMS: readonly (readonly [RegExp, string])[] = [
 
 function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string, port: number): Fault {
   if (/EADDRINUSE|in use/i.test(code + message)) {
-    return new Fault(`port ${port} is in use already`, `./chat serve :${port + 1} takes the next one`);
+    return new Fault(`port ${port} is in use already`, `${CHAT} serve :${port + 1} takes the next one`);
   }
   if (code === "EACCES") {
     return new Fault(`listening on port ${port} is not permitted`, "ports from 1024 on are free to use");
@@ -2300,7 +2312,7 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
     return new Fault(`${host} is not an address of this machine`, "0.0.0.0 is all that it has");
   }
   if (code === "ENOTFOUND") return new Fault(`there is no host called ${host}`, "127.0.0.1 is this machine");
-  return new Fault(`cannot listen on ${host}:${port}: ${message}`, "chat help serve");
+  return new Fault(`cannot listen on ${host}:${port}: ${message}`, `${CHAT} help serve`);
 }
 /* =====================================================================================================================
  * Screen
@@ -2664,7 +2676,7 @@ class Link {
 
 /** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
 const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
-  [/ECONNREFUSED|refused/i, "nobody listens there", "is the server running? ./chat serve starts one"],
+  [/ECONNREFUSED|refused/i, "nobody listens there", `is the server running? ${CHAT} serve starts one`],
   [/ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "there is no such host", "the line to join with is on the server's screen"],
   [
     /alert.*version|unsupported.protocol|protocol.version|HandshakeFailure/i,
@@ -2904,7 +2916,7 @@ class Client {
       const question = `The certificate of ${host} ${problem}. Which two groups end the key on the server's screen? `;
       const answer = (await this.screen.ask(question))?.toLowerCase().replace(/[^a-z2-7]/g, "");
       if (answer === undefined) {
-        const hint = `./chat join ${host}:${port}/PIN, with the pin from the server's screen`;
+        const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
         throw new Fault(`nobody vouches for this server: its certificate ${problem}`, hint, 3);
       }
       if (answer.length < 8 || !pin.replaceAll("-", "").endsWith(answer)) {
@@ -2949,7 +2961,7 @@ class Client {
     for (;;) {
       const line = await link.next();
       if (line.command === "001") return this.#welcomed(link, clean(line.params[0] ?? this.nick));
-      if (/^4\d\d$/.test(line.command)) throw new Fault(said(line), "./chat join NICK@HOST takes another nick");
+      if (/^4\d\d$/.test(line.command)) throw new Fault(said(line), `${CHAT} join NICK@HOST takes another nick`);
     }
   }
   /** Asks a person. If that takes longer than the server waits, everything begins anew, with the answer. */
@@ -2963,7 +2975,7 @@ class Client {
   async #introduce(link: Link, withPassword: boolean): Promise<void> {
     while (!isNick(this.nick)) {
       if (this.nick) this.screen.note(REFUSALS["bad nick"]);
-      this.nick = (await this.#ask("Nick: ", "./chat join NICK@HOST")).trim();
+      this.nick = (await this.#ask("Nick: ", `${CHAT} join NICK@HOST`)).trim();
     }
     if (withPassword && !this.#keys) {
       while (!this.#password) this.#password = await this.#ask("Password: ", "CHAT_PASSWORD sets it", true);
@@ -3052,7 +3064,7 @@ class Client {
     this.#keys = undefined;
     const why = said(line);
     if (this.options.nick || this.screen.kind === "pipe") {
-      throw new Fault(why, "./chat join NICK@HOST takes another nick");
+      throw new Fault(why, `${CHAT} join NICK@HOST takes another nick`);
     }
     this.screen.note(why);
     this.nick = "";
@@ -3064,7 +3076,7 @@ class Client {
       const answer = await this.screen.ask(
         "Nobody vouches for this server, and it is told the password. Go on? (yes/no) ",
       );
-      const hint = "./chat join HOST:PORT/PIN vouches for it";
+      const hint = `${CHAT} join HOST:PORT/PIN vouches for it`;
       if (!isYes(answer)) throw new Fault("a password is told only to a server that somebody vouches for", hint, 3);
     }
     if (this.#password && !plain) link.send("PASS", [this.#password]);
@@ -3601,7 +3613,7 @@ function readArguments(command: "serve" | "join", args: readonly string[]) {
       options[name] = value;
     }
   }
-  if (rest.length > 1) throw wrong(`one address is enough: ${rest.join(" ")}`, `chat help ${command}`);
+  if (rest.length > 1) throw wrong(`one address is enough: ${rest.join(" ")}`, `${CHAT} help ${command}`);
   return { address: rest[0] ?? "", options };
 }
 
@@ -3628,16 +3640,19 @@ async function mainServe(args: readonly string[]): Promise<number> {
     ...explain && { explain: (line: string) => void tell(line) },
   };
   const limits = { ...maxClients && { maxClients: +maxClients }, ...perAddress && { perAddress: +perAddress } };
+  const names = namesOf(host); // before a socket is open: then the runtime would look up who is at its other end
   const serving = await serve({ ...others, ...limits, host, port, identity, log, ...watch });
-  const name = host.includes(":") ? `[${host}]` : host;
-  const reach = `${/^(0\.0\.0\.0|\[::\])$/.test(name) ? "THIS-MACHINE" : name}:${serving.port}`;
-  const invitation = `./chat join ${reach}/${identity.pin}`;
+  const reach = names.map((name) => `${name}:${serving.port}`);
+  const invitations = reach.map((name) => `${CHAT} join ${name}/${identity.pin}`);
   if (keylog) tell("warning: the TLS keys go to standard output; whoever has them can read along");
-  tell(`serving ${serving.server.lobby.name} on ${name}:${serving.port}`);
-  tell(`to join:      ${invitation}`);
-  tell(`IRC clients:  ${reach} with TLS; your password as server password`);
+  tell(`serving ${serving.server.lobby.name} on ${bracketed(host)}:${serving.port}`);
+  for (const invitation of invitations) tell(`to join:      ${invitation}`);
+  if (names[0] === UNKNOWN) tell(`${UNKNOWN} stands for an address of this machine: put it there`);
+  tell(`IRC clients:  ${reach[0]} with TLS; your password as server password`);
   tell("nothing is written to disk: accounts and history end with this process");
-  if (isLoopback(host)) tell(`only this machine can join; ./chat serve 0.0.0.0:${serving.port} lets others in`);
+  if (isLoopback(host)) {
+    tell(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
+  }
   return await new Promise<number>((resolve) => {
     let stopping = false;
     const stop = async () => {
@@ -3654,12 +3669,37 @@ async function mainServe(args: readonly string[]): Promise<number> {
     screen.prompt = "> ";
     screen.onInterrupt = screen.onEnd = stop;
     const own = {
-      invite: order("", "tell how to join", () => invitation),
+      invite: order("", "tell how to join", () => invitations),
       stop: order("", "stop the server", () => (stop(), [])),
     };
     screen.onLines = (lines) =>
       lines.forEach((line) => obey(serving.server, { ...CONSOLE, ...own }, line).forEach(tell));
   });
+}
+
+const UNKNOWN = "ADDRESS";
+const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
+
+/**
+ * The names by which others reach a server that listens on `host`: where that means every address of this machine, all
+ * that lead to it from elsewhere, those of private networks first. UNKNOWN where the runtime does not tell (Deno).
+ */
+function namesOf(host: string): readonly string[] {
+  if (!/^(0\.0\.0\.0|::)$/.test(host)) return [bracketed(host)];
+  type Report = { header: { networkInterfaces: { internal: boolean; address: string }[] } };
+  let addresses: string[] = [];
+  try {
+    const { networkInterfaces } = (process.report.getReport() as unknown as Report).header;
+    addresses = networkInterfaces.filter(({ internal }) => !internal).map(({ address }) => address);
+  } catch {
+    return [UNKNOWN];
+  }
+  const rank = (address: string) =>
+    Number(address.includes(":")) * 2 + Number(!/^(10|192\.168|172\.(1[6-9]|2\d|3[01])|f[cd]..)[.:]/i.test(address));
+  const reachable = addresses
+    .filter((address) => !/^(169\.254\.|fe[89ab].:)/i.test(address) && (host === "::" || !address.includes(":")))
+    .sort((one, other) => rank(one) - rank(other));
+  return reachable.length ? [...new Set(reachable)].map(bracketed) : [UNKNOWN];
 }
 
 /** Runs an order of the operator's. */
@@ -3675,7 +3715,7 @@ function obey(server: Server, table: Table<Order>, line: string): readonly strin
 async function mainJoin(args: readonly string[]): Promise<number> {
   const { address, options } = readArguments("join", args);
   const [, who, target = "", written] = /^(?:([^@]*)@)?([^/]*)(?:\/(.*))?$/s.exec(address) ?? [];
-  if (!target) throw wrong("join whom?", "./chat join HOST:PORT");
+  if (!target) throw wrong("join whom?", `${CHAT} join HOST:PORT`);
   const pin = written === undefined ? undefined : readPin(written);
   if (written !== undefined && !pin) throw wrong(`${written} is no pin`, "a pin is six groups of four, of a-z and 2-7");
   const [nick, room] = [options["nick"] ?? who, options["room"]].map((value) => value?.toString());
@@ -3702,10 +3742,10 @@ export async function main([command = "", ...args]: readonly string[]): Promise<
     if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
-    else if (!command) throw wrong("serve or join?", "chat help");
+    else if (!command) throw wrong("serve or join?", `${CHAT} help`);
     else {throw wrong(
         `there is no chat ${command}`,
-        `did you mean chat ${nearest(command, ["serve", "join", "help", "version"])}?`,
+        `did you mean ${CHAT} ${nearest(command, ["serve", "join", "help", "version"])}?`,
       );}
     return 0;
   } catch (error) {

@@ -142,7 +142,7 @@ export async function serveProcess(
   { runtime = "binary" as Runtime, env = {}, address = "127.0.0.1:0" } = {},
 ): Promise<Served> {
   const running = new Running(test, [...RUNTIMES[runtime](), "serve", address, ...args], env);
-  const [, port, pin] = await running.err.wait(/chat join \S+:(\d+)\/(\S+)\n/);
+  const [, port, pin] = await running.err.wait(/ join \S+:(\d+)\/(\S+)\n/);
   return Object.assign(running, { port: Number(port), pin: String(pin) });
 }
 
@@ -225,7 +225,7 @@ export async function enter(
 ): Promise<Irc> {
   const irc = await dial(test, port);
   if (caps) irc.send(`CAP REQ :${caps}`);
-  irc.send(`PASS ${password}`, `NICK ${nick}`, `USER ${nick} 0 * :${nick} X`);
+  irc.send(`PASS :${password}`, `NICK ${nick}`, `USER ${nick} 0 * :${nick} X`);
   if (caps) irc.send("CAP END");
   await irc.wait(/ 366 \S+ #\S+ :End of \/NAMES list\r\n/);
   return irc;

@@ -129,8 +129,8 @@ test("help lists every option, from wherever it is asked for", () => {
 
 test("wrong usage is told with what is nearest to it, and ends with 2", () => {
   const wrong: readonly (readonly [readonly string[], RegExp])[] = [
-    [[], /^chat: serve or join\?\nchat: hint: chat help\n$/],
-    [["sevre"], /there is no chat sevre\nchat: hint: did you mean chat serve\?/],
+    [[], /^chat: serve or join\?\nchat: hint: \S+chat help\n$/],
+    [["sevre"], /there is no chat sevre\nchat: hint: did you mean \S+chat serve\?/],
     [["serve", "--romm", "x"], /chat serve has no option --romm\nchat: hint: did you mean --room\?/],
     [["constructor"], /there is no chat constructor\n/],
     [["serve", "--constructor"], /chat serve has no option --constructor\n/],
@@ -211,7 +211,9 @@ test("serve tells how to join, and logs who comes and goes, but never a password
   const server = await serveProcess(t);
   assert.match(server.err.all, /^chat: serving #chat on 127\.0\.0\.1:\d+\n/);
   await server.err.wait(/nothing is written to disk/);
-  await server.err.wait(/only this machine can join; \.\/chat serve 0\.0\.0\.0:\d+ lets others in\n/);
+  await server.err.wait(
+    /only this machine can join: to let others in, stop this and run \S+chat serve 0\.0\.0\.0:\d+\n/,
+  );
   const ana = await enter(t, server.port, "ana", "", "S3cr3t");
   await server.err.wait(
     /^chat: \d\d:\d\d:\d\d ana registered from 127\.0\.0\.1\nchat: \d\d:\d\d:\d\d ana logged in from /m,
@@ -268,6 +270,48 @@ for (const runtime of ["binary", "node", "deno"] as const) {
   });
 }
 
+test("commands that are printed for copying begin as the program was invoked", async (t) => {
+  const scratch = fs.mkdtempSync(path.join(os.tmpdir(), "chat-invoked-"));
+  t.after(() => fs.rmSync(scratch, { recursive: true }));
+  fs.symlinkSync(BINARY, path.join(scratch, "chat"));
+  fs.mkdirSync(path.join(scratch, "a b"));
+  fs.symlinkSync(BINARY, path.join(scratch, "a b", "chat"));
+  const [dist, node] = [path.join(ROOT, "dist"), process.execPath];
+  const PATH = `${scratch}:${process.env["PATH"]}`;
+  const cases: readonly (readonly [cwd: string, command: readonly string[], printed: string])[] = [
+    [ROOT, ["dist/chat"], "dist/chat"],
+    [dist, ["./chat"], "./chat"],
+    [scratch, ["chat"], "chat"],
+    [scratch, ["a b/chat"], "'a b/chat'"],
+    [ROOT, [BINARY], BINARY],
+    [ROOT, [node, "chat.ts"], "node chat.ts"],
+    [dist, [node, path.join(dist, "chat.mjs")], "node chat.mjs"],
+  ];
+  for (const [cwd, [file = "", ...args], printed] of cases) {
+    const { stderr } = spawnSync(file, args, { cwd, env: environment({ PATH }), encoding: "utf8", timeout: WAIT_MS });
+    assert.equal(stderr, `chat: serve or join?\nchat: hint: ${printed} help\n`);
+  }
+});
+
+test("a server on all addresses prints a line to join with for each that leads to it from elsewhere", async (t) => {
+  const own = Object.values(os.networkInterfaces()).flat().filter((one) => one !== undefined && !one.internal)
+    .map((one) => one?.address ?? "").filter((address) => !/^(169\.254|fe80)/.test(address));
+  const ipv4 = own.filter((address) => !address.includes(":"));
+  for (const [host, expected] of [["0.0.0.0", ipv4], ["[::]", own]] as const) {
+    const server = await serveProcess(t, [], { address: `${host}:0` });
+    await server.err.wait(/IRC clients: /);
+    const lines = [...server.err.all.matchAll(/to join: +\S+chat join (\S+):\d+\/[a-z2-7-]{29}\n/g)];
+    const printed = lines.map(([, address = ""]) => address.replace(/[[\]]/g, ""));
+    assert.deepEqual(printed.toSorted(), expected.length ? [...new Set(expected)].sort() : ["ADDRESS"]);
+  }
+});
+
+test("where the runtime tells no addresses, the line to join with says what to put into it", async (t) => {
+  const server = await serveProcess(t, [], { runtime: "deno", address: "0.0.0.0:0" });
+  assert.match(server.err.all, /to join: +deno run \S+ \S+ chat\.ts join ADDRESS:\d+\//);
+  await server.err.wait(/ADDRESS stands for an address of this machine: put it there\n/);
+});
+
 test("serve listens where it is told, also on IPv6", async (t) => {
   const server = await serveProcess(t, ["--room", "lab", "--topic", "hi all", "--name", "Lab"], { address: "[::1]:0" });
   assert.match(server.err.all, /join \[::1\]:/);
@@ -305,7 +349,7 @@ test("a pipe without a password or a nick is told what is missing", async (t) =>
   const noNick = joinProcess(t, `127.0.0.1:${port}`);
   noNick.end("x\n");
   assert.equal(await noNick.ended, 2);
-  assert.match(noNick.err.all, /there is nobody to ask\nchat: hint: \.\/chat join NICK@HOST\n/);
+  assert.match(noNick.err.all, /there is nobody to ask\nchat: hint: \S+chat join NICK@HOST\n/);
   const noPassword = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "" });
   noPassword.end("x\n");
   assert.equal(await noPassword.ended, 2);

@@ -59,7 +59,7 @@ test("a password with spaces and no colon before it is refused with words, and r
   assert.equal(server.accounts.find("ana"), undefined);
   irc.send("PASS :correct horse battery staple");
   await irc.wait(/NOTICE ana :ana is registered now/);
-  await enter(t, port, "ana", "", ":correct horse battery staple");
+  await enter(t, port, "ana", "", "correct horse battery staple");
 });
 
 test("without a password one is told what to do, and PASS still works then", async (t) => {

@@ -234,7 +234,9 @@ test("no parameter of any line from a server reaches the terminal uncleaned", TM
   const before = stateOf(ana);
   const evil = "\x1b]0;owned\x07\x1b[2J\x1b[?25l\x9b4h";
   const numerics = Array.from({ length: 1000 }, (_, code) => String(code).padStart(3, "0"));
-  for (const command of [...numerics, ..."NICK KICK FAIL NOTE WARN ERR NOTICE PRIVMSG TOPIC JOIN PART QUIT".split(" ")]) {
+  for (
+    const command of [...numerics, ..."NICK KICK FAIL NOTE WARN ERR NOTICE PRIVMSG TOPIC JOIN PART QUIT".split(" ")]
+  ) {
     const words = command === "322" || Number(command) % 2 ? ["ana", evil, evil, evil] : ["ana", "#chat", evil, evil];
     session.answer(`:${evil}!x@chat ${command} ${words.join(" ")} :${evil} ${command}`);
   }
@@ -503,7 +505,7 @@ test("while the server is gone so many lines wait, and what is more is told to b
 });
 
 test("the operator's console shows the log and takes orders", TMUX, async (t) => {
-  const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"]);
+  const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"], { columns: 200 });
   const [, port] = await server.wait(/join 127\.0\.0\.1:(\d+)\//);
   await server.wait(/\n>$/);
   const bo = await enter(t, Number(port), "bo");
@@ -513,7 +515,7 @@ test("the operator's console shows the log and takes orders", TMUX, async (t) =>
   server.enter("/who");
   await server.wait(/-- bo +127\.0\.0\.1 since \d\d:\d\d, idle \d+ s/);
   server.enter("/invite");
-  await server.wait(/-- \.\/chat join 127\.0\.0\.1:\d+\/[a-z2-7-]{29}/);
+  await server.wait(/-- \S+chat join 127\.0\.0\.1:\d+\/[a-z2-7-]{29}/);
   server.enter("/say all hear");
   await bo.wait(/:chat\.server NOTICE #chat :all hear\r\n/);
   server.enter("/kick");
