@@ -71,6 +71,7 @@ export const LIMITS = Object.freeze({
   triesOfStrangers: 100, // per account in ten minutes, from all addresses that it was never logged in from
   scrypts: 2, // password hashings at once
   scryptQueue: 100, // hashings that wait, per network
+  againMs: 10_000, // within which stopping a room that is not empty is confirmed
   // The client.
   outbox: 500, // lines that wait for the connection
   hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
@@ -2400,22 +2401,53 @@ export function wrap(text: string, width: number): string[] {
   return rows.map((row) => row.trimEnd()).filter((row, at) => row || at || rows.length === 1);
 }
 
+/** What makes a terminal put marks around a paste; everything without them was typed, however fast it came. */
+const BRACKETED_PASTE = { on: "\x1b[?2004h", off: "\x1b[?2004l", start: "\x1b[200~", end: "\x1b[201~" } as const;
+
+/** Takes bracketed pastes out of what a terminal sends, before readline sees it: Deno's does not know them. */
+function takePastes(input: NodeJS.ReadStream, take: (text: string) => void): void {
+  const { start, end } = BRACKETED_PASTE;
+  const emit = input.emit.bind(input) as (name: string, ...values: readonly unknown[]) => boolean;
+  const toBytes = (text: string) => Buffer.from(text, "latin1");
+  const handOn = (text: string) => text !== "" && emit("data", toBytes(text));
+  let pending = ""; // what came and was not handed on, a character per byte
+  let pasting = false;
+  input.emit = (name: string, ...values: readonly unknown[]) => {
+    if (name !== "data") return emit(name, ...values);
+    pending += (values[0] as Buffer).toString("latin1");
+    for (let at; (at = pending.indexOf(pasting ? end : start)) >= 0;) {
+      const text = pending.slice(0, at);
+      pending = pending.slice(at + start.length);
+      if (pasting) take(toBytes(text).toString());
+      else handOn(text);
+      pasting = !pasting;
+    }
+    if (pasting) return true;
+    const held = [5, 4, 3, 2].find((length) => pending.endsWith(start.slice(0, length))) ?? 0; // half a mark
+    const typed = pending.slice(0, pending.length - held);
+    pending = pending.slice(typed.length);
+    return handOn(typed);
+  };
+}
+
 /** The person's side of the program: a terminal, a plain one, or a pipe. */
 export class Screen {
   readonly kind: "terminal" | "plain" | "pipe";
   #onLines: ((lines: readonly string[], pasted: boolean) => void) | undefined;
-  onEnd: () => void = () => {}; // there is no more to come
-  onInterrupt: () => void = () => {};
+  onEnd: () => void = () => {}; // there is no more input, or the terminal has gone
+  onInterrupt: () => void = () => {}; // Ctrl-C or Ctrl-D where no line is typed and nothing is asked
   onTab: (before: string) => readonly string[] = () => []; // what could stand in place of the text before the cursor
   readonly #readline: readline.Interface;
+  readonly #close: () => void; // readline itself calls its `close` at Ctrl-D, which does not end anything here
   readonly #colours: number;
   #prompt = "";
   #asking: { question: string; hidden: boolean; answer: (text: string | undefined) => void } | undefined;
-  #lines: string[] = []; // entered, and not yet taken
+  #early: { readonly lines: readonly string[]; readonly pasted: boolean }[] = []; // entered before it was taken
   #printed: string[] = []; // to be shown
   #due = false;
   #drawn = { rows: [0], row: 0, column: 0 }; // at the bottom: the cells of each row, and where the cursor is
   #tabs: { options: readonly string[]; next: number } | undefined;
+  #gone = false; // the terminal is
   #closed = false;
 
   constructor(plain = false) {
@@ -2439,8 +2471,10 @@ export class Screen {
       completer: (line: string) => [[], line],
     });
     this.#readline.on("line", (line) => this.#entered(line));
+    const { close } = this.#readline;
+    this.#close = () => close.call(this.#readline);
     this.#readline.on("history", (lines) => this.#asking && lines.shift()); // an answer is not to be recalled
-    this.#readline.on("SIGINT", () => this.onInterrupt());
+    this.#readline.on("SIGINT", () => this.#interrupt());
     this.#readline.on("SIGCONT", () => {
       this.#readline.resume(); // it has paused, and counts on a prompt of its own to go on
       this.#redraw();
@@ -2449,9 +2483,13 @@ export class Screen {
       this.#asking?.answer(undefined);
       if (!this.#closed) this.onEnd();
     });
-    process.stdout.on("error", () => this.onInterrupt()); // nobody reads on
-    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => this.onInterrupt());
+    process.stdout.on("error", () => tty ? this.onEnd() : this.onInterrupt()); // nobody reads on
+    if (!tty) return;
+    process.stdin.prependListener("end", () => this.#gone = true);
+    this.#readline.close = () => this.#gone ? this.#close() : this.#interrupt(); // by Ctrl-D
     if (this.kind !== "terminal") return;
+    write(process.stdout, BRACKETED_PASTE.on);
+    takePastes(process.stdin, (text) => this.#paste(text));
     process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
     process.stdout.on("resize", () => this.#redraw());
   }
@@ -2464,7 +2502,7 @@ export class Screen {
   /** Takes what is entered, also what was entered before. */
   set onLines(take: (lines: readonly string[], pasted: boolean) => void) {
     this.#onLines = take;
-    this.#handOver(0);
+    for (const { lines, pasted } of this.#early.splice(0)) take(lines, pasted);
   }
   set prompt(text: string) {
     this.#prompt = text;
@@ -2503,12 +2541,17 @@ export class Screen {
     this.#drawn = { rows: [0], row: 0, column: 0 };
     this.#redraw();
   }
-  /** Asks a person for a line; undefined if there is nobody to answer. What is hidden is never shown. */
+  /**
+   * Asks a person for a line; undefined if nobody is there to answer, or the person cancels. What is hidden is never
+   * shown. A line that is half typed, or the rest of a paste, is no answer: it is put aside for as long.
+   */
   async ask(question: string, hidden = false): Promise<string | undefined> {
     if (this.kind === "pipe" || this.#closed) return undefined;
     question = clean(question);
-    const early = this.#lines.shift();
-    if (early !== undefined) return early;
+    const typed = this.#early.findIndex(({ pasted }) => !pasted);
+    if (typed >= 0) return this.#early.splice(typed, 1)[0]?.lines[0];
+    const { line, cursor } = this.#readline;
+    this.#edit("");
     if (this.kind === "plain") write(process.stdout, question);
     const text = await new Promise<string | undefined>((answer) => {
       this.#asking = { question, hidden, answer };
@@ -2516,27 +2559,60 @@ export class Screen {
     });
     this.#asking = undefined;
     if (this.kind === "terminal") this.#print(question + (hidden ? "" : text ?? ""));
+    this.#edit(line, cursor);
     return text;
   }
   close(): void {
     if (this.#closed) return;
     this.#draw(false);
     this.#closed = true;
-    this.#readline.close();
+    if (this.kind === "terminal") write(process.stdout, BRACKETED_PASTE.off);
+    this.#close();
   }
 
   #entered(line: string): void {
-    if (this.#asking) this.#asking.answer(line);
-    else if (this.kind === "pipe" && this.#onLines) this.#onLines([line], false);
-    else if (this.#lines.push(line) === 1) setImmediate(() => this.#handOver(0));
+    const { answer } = this.#asking ?? {};
     this.#asking = undefined;
+    if (answer) answer(line);
+    else if (!this.#gone) this.#enter([line], false); // else nobody has pressed Enter
   }
-  /** What comes within one turn of the event loop was not typed but pasted; a long paste comes in several pieces. */
-  #handOver(seen: number): void {
-    const count = this.#lines.length;
-    const pasted = count > 1 || (this.kind !== "pipe" && this.#readline.line !== "");
-    if (pasted && count > seen) setTimeout(() => this.#handOver(count), 50);
-    else if (count && this.#onLines) this.#onLines(this.#lines.splice(0), pasted);
+  #enter(lines: readonly string[], pasted: boolean): void {
+    if (this.#onLines) this.#onLines(lines, pasted);
+    else this.#early.push({ lines, pasted });
+  }
+  /** Puts a text in place of the line that is being typed. */
+  #edit(text: string, cursor = text.length): void {
+    if (this.kind === "plain" && text) write(process.stdout, text);
+    Object.assign(this.#readline, { line: text, cursor });
+    this.#redraw();
+  }
+  /** Cancels the question, or else clears the line; what it means where there is neither is for others to say. */
+  #interrupt(): void {
+    const [{ line }, asking] = [this.#readline, this.#asking];
+    if (this.kind === "plain") write(process.stdout, "\n");
+    this.#edit("");
+    this.#asking = undefined;
+    if (asking) asking.answer(undefined);
+    else if (!line) this.onInterrupt();
+  }
+  /**
+   * A paste's lines are entered, but for the last if no line break follows it. In an answer, or in a command that is
+   * half typed, a paste is a part of that one line: what was meant for one person must not be said to everybody.
+   */
+  #paste(pasted: string): void {
+    const text = pasted.replace(/\r\n?/g, "\n").replace(/[^\P{Cc}\t\n]/gu, "");
+    const [before, after] = [
+      this.#readline.line.slice(0, this.#readline.cursor),
+      this.#readline.line.slice(this.#readline.cursor),
+    ];
+    if (this.#asking || before.startsWith("/") || !text.includes("\n")) {
+      const inserted = before + text.replace(/\n+$/, "").replaceAll("\n", " ");
+      return this.#edit(inserted + after, inserted.length);
+    }
+    const lines = (before + text).split("\n");
+    const last = lines.pop() ?? "";
+    this.#edit(last + after, last.length);
+    this.#enter(lines, true);
   }
   #pressed(key?: { name?: string; ctrl?: boolean }): void {
     if (key?.ctrl && key.name === "l") this.clear();
@@ -2967,7 +3043,8 @@ class Client {
   /** Asks a person. If that takes longer than the server waits, everything begins anew, with the answer. */
   async #ask(question: string, hint: string, hidden = false): Promise<string> {
     const answer = await this.screen.ask(question, hidden);
-    if (answer === undefined) throw new Fault("there is nobody to ask", hint, 2);
+    if (answer === undefined && this.screen.kind === "pipe") throw new Fault("there is nobody to ask", hint, 2);
+    if (answer === undefined) throw new Fault("cancelled");
     this.#slow = true;
     return answer;
   }
@@ -3090,23 +3167,38 @@ class Client {
 
   // ---- Saying
 
-  /** Takes what was entered. A slash begins a command, unless it was pasted; what comes through a pipe is text. */
+  /** Takes what was entered. A slash begins a command, in a paste only if a person says so; a pipe brings text alone. */
   async entered(lines: readonly string[], pasted: boolean): Promise<void> {
     const texts = lines.filter((line) => line.trim());
-    const waiting = this.#outbox.size;
-    if (pasted && texts.length + waiting > LIMITS.outbox) {
-      const many = plural(texts.length, "line is", "lines are");
-      return this.screen.note(`${many} too many, with ${waiting} waiting to be sent; nothing of it is sent`);
-    }
-    if (pasted && texts.length > 5 && !isYes(await this.screen.ask(`Send these ${texts.length} lines? (yes/no) `))) {
-      return this.screen.note("nothing is sent");
-    }
-    for (const text of texts) {
+    const how = pasted ? await this.#howToTake(texts) : "run";
+    for (const text of how ? texts : []) {
       const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
-      if (pasted || slash === undefined) this.say("", text);
+      if (slash === undefined || pasted && !(how === "run" && isCommand(text))) this.say("", text);
       else if (slash) this.say("", text.slice(1));
       else await this.#command(name.toLowerCase(), rest.trim());
     }
+  }
+  /** Whether to say the lines of a paste, or to run the commands among them; undefined if neither. */
+  async #howToTake(texts: readonly string[]): Promise<"say" | "run" | undefined> {
+    const { screen } = this;
+    const waiting = this.#outbox.size;
+    if (texts.length + waiting > LIMITS.outbox) {
+      const many = plural(texts.length, "line is", "lines are");
+      return void screen.note(`${many} too many, with ${waiting} waiting to be sent; nothing of it is sent`);
+    }
+    const [command, ...more] = texts.filter(isCommand);
+    let how = "say";
+    if (command !== undefined) {
+      const commands = `"${cut(command, 60)}"${
+        more.length ? ` and ${plural(more.length, "more command", "more commands")}` : ""
+      }`;
+      const room = this.room?.name ?? this.wanted;
+      const all = texts.length > 1 ? `all ${texts.length} pasted lines` : "it";
+      const answer = await screen.ask(`Run the pasted ${commands}, or say ${all} in ${room}? (run/say/no) `);
+      how = answer?.trim().toLowerCase() ?? "";
+    } else if (texts.length > 5 && !isYes(await screen.ask(`Send these ${texts.length} lines? (yes/no) `))) how = "no";
+    if (how === "run" || how === "say") return how;
+    return void screen.note("nothing is sent");
   }
   #command(name: string, rest: string): void | Promise<void> {
     const row = rowOf(SLASH, name);
@@ -3422,8 +3514,9 @@ class Client {
   async changePassword(): Promise<void> {
     if (!this.link?.scram) return this.screen.note("this server has no way to do that");
     const password = await this.screen.ask("New password: ", true);
-    if (!password) return this.screen.note("nothing is changed");
-    if (password !== await this.screen.ask("The same again: ", true)) {
+    const again = password && await this.screen.ask("The same again: ", true);
+    if (!password || again === undefined) return this.screen.note("nothing is changed");
+    if (password !== again) {
       this.screen.note("these were two different passwords");
       return this.changePassword();
     }
@@ -3431,6 +3524,9 @@ class Client {
     this.link.send("PASS", [formatVerifier(verifierOf(this.#newKeys))]);
   }
 }
+
+/** Whether a text would be run if it was typed. */
+const isCommand = (text: string) => rowOf(SLASH, /^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 /** The known word that is nearest to another: by the letters to insert, remove or replace. */
 function nearest(word: string, known: readonly string[]): string {
@@ -3667,10 +3763,20 @@ async function mainServe(args: readonly string[]): Promise<number> {
     if (!process.stdin.isTTY || !process.stdout.isTTY) return;
     screen = new Screen();
     screen.prompt = "> ";
-    screen.onInterrupt = screen.onEnd = stop;
+    let askedAt = -Infinity;
+    const askToStop = (): readonly string[] => {
+      const here = [...serving.server.accounts.all.values()].filter(({ present }) => present).length;
+      const again = performance.now() - askedAt < LIMITS.againMs;
+      askedAt = performance.now();
+      if (here && !again) return [`${plural(here, "person is", "people are")} here; again to stop`];
+      void stop();
+      return [];
+    };
+    screen.onInterrupt = () => askToStop().forEach(tell);
+    screen.onEnd = stop;
     const own = {
       invite: order("", "tell how to join", () => invitations),
-      stop: order("", "stop the server", () => (stop(), [])),
+      stop: order("", "stop the server", askToStop),
     };
     screen.onLines = (lines) =>
       lines.forEach((line) => obey(serving.server, { ...CONSOLE, ...own }, line).forEach(tell));
@@ -3725,6 +3831,7 @@ async function mainJoin(args: readonly string[]): Promise<number> {
     throw new Fault("the certificate in CHAT_CA is none of an authority", "it is the issuer's that belongs there");
   }
   const screen = new Screen(options["plain"] === true);
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => screen.onInterrupt());
   try {
     const flags = { explain: options["explain"] === true, keylog: options["keylog"] === true };
     return await join({ ...readAddress(target), ...flags, pin, nick, room, password, ca, screen });

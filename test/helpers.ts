@@ -304,9 +304,10 @@ export class Terminal {
     this.#tmux("send-keys", ...names);
   }
 
+  /** Pastes a text, with marks around it if the program has asked for them. */
   paste(text: string): void {
     this.#tmux("set-buffer", "--", text);
-    this.#tmux("paste-buffer");
+    this.#tmux("paste-buffer", "-p");
   }
 
   resize(columns: number, rows: number): void {

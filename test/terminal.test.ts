@@ -251,32 +251,164 @@ test("no parameter of any line from a server reaches the terminal uncleaned", TM
   assert.match(ana.screen({ history: true }), /-- �\]0;owned�.*: �\]0;owned\S* in it; �/);
 });
 
-test(
-  "pasted lines are sent in order and never as commands, and more than five only after a question",
-  TMUX,
-  async (t) => {
-    const { ana, bo } = await joined(t);
-    ana.paste("one\n/exit\nthree\nrest");
-    await bo.wait(
-      /PRIVMSG #chat :one\r\n:ana!ana@chat PRIVMSG #chat :\/exit\r\n:ana!ana@chat PRIVMSG #chat :three\r\n/,
-    );
-    await ana.wait(/^#chat> rest$/m);
-    ana.keys("C-u");
-    ana.paste("if x:\n\treturn\n");
-    await bo.wait(/PRIVMSG #chat :if x:\r\n:ana!ana@chat PRIVMSG #chat :\treturn\r\n/);
-    const many = Array.from({ length: 300 }, (_, at) => `line ${at} ${"x".repeat(40)}`);
-    ana.paste(`${many.join("\n")}\n`);
-    await ana.wait(/Send these 300 lines\? \(yes\/no\)$/);
+for (const runtime of ["binary", "deno"] as const) {
+  test(
+    `what comes in one piece is typed line by line, unless it is a bracketed paste (${runtime})`,
+    TMUX,
+    async (t) => {
+      const { ana, bo } = await joined(t, { runtime });
+      ana.type("/msg bo secret\rfirst\r//second\r/me thinks\rhalf");
+      await bo.wait(
+        /PRIVMSG bo :secret\r\n.*PRIVMSG #chat :first\r\n.*PRIVMSG #chat :\/second\r\n.*PRIVMSG #chat :\x01ACTION thinks\x01\r\n/,
+      );
+      await ana.wait(/^#chat> half$/m);
+      ana.keys("Enter");
+      await bo.wait(/PRIVMSG #chat :half\r\n/);
+      assert.doesNotMatch(bo.all, /#chat :.*secret/);
+    },
+  );
+
+  test(`a pasted command is run or said only when the person has answered (${runtime})`, TMUX, async (t) => {
+    const { ana, bo } = await joined(t, { runtime, columns: 120 });
+    ana.paste("/msg bo secret\n");
+    await ana.wait(/^Run the pasted "\/msg bo secret", or say it in #chat\? \(run\/say\/no\)$/m);
     ana.enter("no");
+    await ana.wait(/-- nothing is sent\n#chat>$/);
+    ana.paste("/msg bo secret\n");
+    await ana.wait(/\(run\/say\/no\)$/);
+    ana.enter("run");
+    await bo.wait(/PRIVMSG bo :secret\r\n/);
+    ana.paste("one\n/me waves\n/etc/hosts\n/exit\nrest");
+    await ana.wait(/Run the pasted "\/me waves" and 1 more command, or say all 4 pasted lines in #chat\?/);
+    ana.enter("say");
+    await bo.wait(/ :one\r\n.* :\/me waves\r\n.* :\/etc\/hosts\r\n.* :\/exit\r\n/);
+    await ana.wait(/^#chat> rest$/m); // it was put aside, and did not answer the question
+    ana.keys("C-u");
+    ana.paste("one\n/me waves\n/etc/hosts\n");
+    await ana.wait(/or say all 3 pasted lines in #chat\? \(run\/say\/no\)$/);
+    ana.enter("run");
+    await bo.wait(/ :one\r\n.* :\x01ACTION waves\x01\r\n.* :\/etc\/hosts\r\n/);
+    assert.doesNotMatch(bo.all, /#chat :.*secret/);
+  });
+}
+
+test("pasted lines are sent in order, and more than five only after a question", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
+  ana.paste("one\ntwo\nthree\nrest");
+  await bo.wait(/ :one\r\n.* :two\r\n.* :three\r\n/);
+  await ana.wait(/^#chat> rest$/m);
+  ana.keys("C-u");
+  ana.paste("if x:\n\treturn\n");
+  await bo.wait(/PRIVMSG #chat :if x:\r\n:ana!ana@chat PRIVMSG #chat :\treturn\r\n/);
+  const many = Array.from({ length: 300 }, (_, at) => `line ${at} ${"x".repeat(40)}`);
+  ana.paste(`${many.join("\n")}\n`);
+  await ana.wait(/Send these 300 lines\? \(yes\/no\)$/);
+  ana.enter("no");
+  await ana.wait(/^#chat>$/m);
+  ana.paste(many.join("\n"));
+  await ana.wait(/\(yes\/no\)$/);
+  ana.enter("yes");
+  await bo.wait(/line 298 /);
+  await ana.wait(/^#chat> line 299 x+$/m);
+  ana.keys("Enter");
+  await bo.wait(/line 299 /);
+  const heard = [...bo.all.matchAll(/PRIVMSG #chat :(line .*)\r\n/g)].map(([, line]) => line);
+  assert.deepEqual(heard, many);
+});
+
+test("a paste into a line stays where the cursor is, and is one line in a command or an answer", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
+  ana.type("see  there");
+  ana.keys(...Array.from("there ", () => "Left"));
+  ana.paste("https://example.org/\x1b[31mx");
+  await ana.wait(/^#chat> see https:\/\/example\.org\/\[31mx there$/m);
+  ana.type("!");
+  ana.keys("Enter");
+  await bo.wait(/PRIVMSG #chat :see https:\/\/example\.org\/\[31mx! there\r\n/);
+  ana.type("/msg bo ");
+  ana.paste("my number\nis 12345\n");
+  await ana.wait(/^#chat> \/msg bo my number is 12345$/m);
+  ana.keys("Enter");
+  await bo.wait(/PRIVMSG bo :my number is 12345\r\n/);
+  ana.enter("/password");
+  for (const question of [/New password:$/, /The same again:$/]) {
+    await ana.wait(question);
+    ana.paste("correct horse\n");
+    ana.keys("Enter");
+  }
+  await ana.wait(/-- your password is changed/);
+  assert.doesNotMatch(ana.screen({ history: true }), /horse/);
+  assert.doesNotMatch(bo.all, /#chat :.*(number|12345|horse)/);
+});
+
+for (const runtime of ["binary", "deno"] as const) {
+  test(`Ctrl-C cancels the question, or clears the line; with neither it leaves (${runtime})`, TMUX, async (t) => {
+    const { ana, bo } = await joined(t, { runtime });
+    ana.type("not what I meant");
+    await ana.wait(/meant$/);
+    ana.keys("C-c");
     await ana.wait(/^#chat>$/m);
-    ana.paste(`${many.join("\n")}\n`);
-    await ana.wait(/\(yes\/no\)$/);
-    ana.enter("yes");
-    await bo.wait(/line 299 /);
-    const heard = [...bo.all.matchAll(/PRIVMSG #chat :(line .*)\r\n/g)].map(([, line]) => line);
-    assert.deepEqual(heard, many);
-  },
-);
+    ana.enter("/password");
+    await ana.wait(/New password:$/);
+    ana.type("half");
+    ana.keys("C-c");
+    await ana.wait(/-- nothing is changed\n#chat>$/);
+    ana.enter("/password");
+    await ana.wait(/New password:$/);
+    ana.enter("whole");
+    await ana.wait(/The same again:$/);
+    ana.keys("C-d");
+    await ana.wait(/The same again:\n-- nothing is changed\n#chat>$/);
+    ana.enter("still here");
+    await bo.wait(/PRIVMSG #chat :still here\r\n/);
+    ana.keys("C-c");
+    await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
+    await ana.wait(/\[exit 0\]/);
+  });
+
+  test(
+    `at the operator's console Ctrl-C clears the line, and a room that is not empty is stopped only when that is confirmed (${runtime})`,
+    TMUX,
+    async (t) => {
+      for (const stop of ["C-c", "C-d", "/stop"]) {
+        const server = new Terminal(t, [...RUNTIMES[runtime](), "serve", "127.0.0.1:0"], { columns: 200 });
+        const [, port] = await server.wait(/join 127\.0\.0\.1:(\d+)\//);
+        await server.wait(/\n>$/);
+        const bo = await enter(t, Number(port), "bo");
+        await server.wait(/bo logged in .*\n>$/);
+        server.type("/say half");
+        await server.wait(/\n> \/say half$/);
+        server.keys("C-d");
+        server.keys("C-c");
+        await server.wait(/\n>$/);
+        const again = () => stop.startsWith("/") ? server.enter(stop) : server.keys(stop);
+        again();
+        await server.wait(/-- 1 person is here; again to stop\n>$/);
+        await bo.sync();
+        again();
+        await bo.wait(/ERROR :The server is stopping\r\n/);
+        await server.wait(/stopping\n\[exit 0\]/);
+      }
+    },
+  );
+}
+
+test("an empty room is stopped without a question", TMUX, async (t) => {
+  const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"]);
+  await server.wait(/\n>$/);
+  server.keys("C-c");
+  await server.wait(/stopping\n\[exit 0\]/);
+});
+
+test("Ctrl-C at the question for a nick or a password ends the program", TMUX, async (t) => {
+  const { port } = await serveHere(t);
+  for (const [who, question] of [["", /Nick:$/], ["ana@", /Password:$/]] as const) {
+    const ana = new Terminal(t, [BINARY, "join", `${who}127.0.0.1:${port}`]);
+    await ana.wait(question);
+    ana.keys("C-c");
+    await ana.wait(/chat: cancelled\n\[exit 1\]/);
+  }
+});
 
 test("Tab completes nicks, commands and rooms, and goes on to the next", TMUX, async (t) => {
   const { ana, bo, port } = await joined(t);
