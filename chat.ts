@@ -2472,7 +2472,13 @@ export class Screen {
     });
     this.#readline.on("line", (line) => this.#entered(line));
     const { close } = this.#readline;
-    this.#close = () => close.call(this.#readline);
+    this.#close = () => {
+      try {
+        close.call(this.#readline);
+      } catch {
+        // The terminal has gone, and cannot be put into its former mode.
+      }
+    };
     this.#readline.on("history", (lines) => this.#asking && lines.shift()); // an answer is not to be recalled
     this.#readline.on("SIGINT", () => this.#interrupt());
     this.#readline.on("SIGCONT", () => {
