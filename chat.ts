@@ -74,6 +74,8 @@ export const LIMITS = Object.freeze({
   againMs: 10_000, // within which stopping a room that is not empty is confirmed
   // The client.
   outbox: 500, // lines that wait for the connection
+  steadyMs: 10_000, // a connection that lasted so long is tried again at once when it is lost
+  timeoutMs: 30_000, // after the end of the input without progress, the rest of it is given up
   hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
 });
 
@@ -2689,6 +2691,8 @@ export interface JoinOptions {
   readonly password?: string | undefined;
   readonly room?: string | undefined; // the one to talk in; the server's first
   readonly ca?: string | undefined; // PEM text of the roots to trust instead of the runtime's
+  readonly timeoutMs?: number | undefined; // see LIMITS
+  readonly backOffMs?: (tries: number) => number; // how long to wait before connecting once more
   readonly explain?: boolean; // tell what happens on the connection
   readonly keylog?: boolean; // print the TLS keys to standard error
 }
@@ -2698,7 +2702,7 @@ class Link {
   readonly socket: tls.TLSSocket;
   readonly certificate: crypto.X509Certificate | undefined;
   trust = ""; // why the server is trusted
-  welcomed = false; // one is logged in
+  welcomedAt = 0; // when one was logged in, by the monotonic clock; 0 if one is not
   ended = ""; // why the connection ended; empty while it has not
   heard = now();
   asked = false; // a PING has asked since
@@ -2842,6 +2846,9 @@ const isYes = (answer = "") => /^y(es)?$/i.test(answer.trim());
 const named = (nicks: readonly string[], most: number) =>
   nicks.slice(0, most).join(", ") + (nicks.length > most ? ` and ${nicks.length - most} more` : "");
 
+/** At once, then after 1, 2, 4 … 30 seconds, a little sooner or later than that. */
+const backOff = (tries: number) => tries ? Math.min(30, 2 ** (tries - 1)) * (750 + Math.random() * 500) : 0;
+
 /** Joins a chat, and stays until the person leaves. @returns the exit status. @throws {Fault} if there is no joining. */
 export const join = (options: JoinOptions): Promise<number> => new Client(options).run();
 
@@ -2865,6 +2872,8 @@ class Client {
   #leaving = false;
   #roomless = false; // one has left the last room
   #draining = false; // there is no more input: it leaves when everything is sent
+  #progressAt = 0; // when the input ended, or the last line since was acknowledged
+  #tries = 0; // to connect, since a connection lasted
   #slow = false; // a person was asked, and may have taken longer to answer than the server waited
   #refused = 0;
   readonly #outbox = new Map<number, readonly [command: string, target: string, text: string]>();
@@ -2894,6 +2903,7 @@ class Client {
     this.screen.onInterrupt = () => this.leave();
     this.screen.onEnd = () => {
       this.#draining = true;
+      this.#progressAt = performance.now();
       if (this.screen.kind !== "pipe" || (this.#wasIn && !this.#outbox.size)) this.leave();
     };
     if (this.screen.kind === "pipe") {
@@ -2907,10 +2917,15 @@ class Client {
       return await Promise.race([this.#talk(), new Promise<number>((stop) => this.#stop = stop)]);
     } finally {
       clearInterval(timer);
-      if (this.#wasIn && this.#outbox.size) {
-        this.screen.note(`${plural(this.#outbox.size, "line was", "lines were")} not sent`);
-      }
+      this.#leaving = true;
+      this.#retry();
       this.link?.end("left");
+      if (this.#wasIn && this.#outbox.size) {
+        this.screen.note(`${plural(this.#outbox.size, "line was", "lines were")} not sent:`);
+        for (const [, target, text] of this.#outbox.values()) {
+          this.screen.note(`${target || this.room?.name || this.wanted} ${text}`);
+        }
+      }
     }
   }
   get #status(): number {
@@ -2925,38 +2940,56 @@ class Client {
     setTimeout(() => this.#stop(this.#status), 1000);
   }
   async #talk(): Promise<number> {
-    for (let tries = 0;;) {
+    for (;;) {
+      let link: Link | undefined;
       try {
-        this.link = await connect(this.options);
-        await this.#trust(this.link);
-        await this.#logIn(this.link);
+        link = this.link = await connect(this.options);
+        if (this.#leaving) link.end("left"); // meanwhile
+        if (this.#leaving) return this.#status;
+        await this.#trust(link);
+        await this.#logIn(link);
         this.#slow = false;
-        for (tries = 0;;) this.#handle(await this.link.next());
+        for (;;) this.#handle(await link.next());
       } catch (error) {
         if (this.#leaving) return this.#status;
         const lost = error instanceof Lost && (this.#wasIn || this.#slow && this.link?.ended);
         if (!lost) throw error;
-        if (!this.#slow) await this.#waitToRetry(tries++, error.message);
+        if (link?.welcomedAt) this.#connectionLost(link.welcomedAt, error.message);
+        if (!this.#slow) await this.#waitToRetry();
+        if (this.#leaving) return this.#status;
         this.#slow = false;
       }
     }
   }
-  /** After a loss: tries again at once, then after 1, 2, 4 … 30 seconds, a little sooner or later than that. */
-  async #waitToRetry(tries: number, why: string): Promise<void> {
-    if (tries === 0) {
-      if (!this.#asked) this.#known = this.#latest;
-      this.#asked = 0;
-      for (const room of this.rooms.values()) room.here = false;
-      this.#batches.clear();
-      this.#showPrompt();
-      return this.screen.note(`connection lost: ${why}; taking it up again`);
-    }
-    const delay = Math.min(30, 2 ** (tries - 1)) * (750 + Math.random() * 500);
-    await new Promise<void>((retry) => setTimeout(this.#retry = retry, delay));
+  #connectionLost(since: number, why: string): void {
+    if (performance.now() - since >= LIMITS.steadyMs) this.#tries = 0;
+    if (!this.#asked) this.#known = this.#latest;
+    this.#asked = 0;
+    for (const room of this.rooms.values()) room.here = false;
+    this.#batches.clear();
+    this.#showPrompt();
+    this.screen.note(`connection lost: ${why}; taking it up again`);
   }
-  /** Notices a connection that is dead without having ended. */
+  /** Waits before connecting again. A server that disconnects everybody at once must not be called without end. */
+  async #waitToRetry(): Promise<void> {
+    const { backOffMs = backOff } = this.options;
+    const delay = backOffMs(this.#tries++);
+    if (delay <= 0) return;
+    await new Promise<void>((retry) => {
+      const timer = setTimeout(retry, delay);
+      this.#retry = () => {
+        clearTimeout(timer);
+        retry();
+      };
+    });
+  }
+  /** Notices a connection that is dead without having ended, and that input which has ended cannot be sent. */
   #watch(): void {
-    const { link } = this;
+    const { link, options: { timeoutMs = LIMITS.timeoutMs } } = this;
+    if (this.#draining && performance.now() - this.#progressAt > timeoutMs) {
+      this.screen.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
+      return this.#stop(1);
+    }
     const silent = link && this.#wasIn ? now() - link.heard : 0;
     if (silent > 2 * LIMITS.hushMs) link?.end("nothing heard for a minute");
     else if (silent > LIMITS.hushMs && link && !link.asked) {
@@ -2965,6 +2998,7 @@ class Client {
     }
   }
   reconnect(): void {
+    this.#tries = 0;
     this.#retry();
     this.link?.end("on your word");
   }
@@ -3245,6 +3279,7 @@ class Client {
   /** The server has executed a line, or refused it. */
   #acknowledged(number: number): void {
     this.#outbox.delete(number);
+    this.#progressAt = performance.now();
     this.#showPrompt();
     if (this.#draining && !this.#outbox.size) this.leave();
   }
@@ -3330,7 +3365,8 @@ class Client {
       this.#askHistory("TARGETS", this.#since, `timestamp=${new Date(now() + 86_400_000).toISOString()}`);
     }
     this.#known ||= now();
-    this.#wasIn = link.welcomed = true;
+    this.#wasIn = true;
+    link.welcomedAt = performance.now();
     for (const number of this.#roomless ? this.#outbox.keys() : []) this.#transmit(number);
     if (this.screen.kind !== "pipe") this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
   }
@@ -3460,7 +3496,7 @@ class Client {
   }
   /** Whether what is said goes to the server at once: the room is entered, or one has left the last. */
   get #online(): boolean {
-    return this.link?.welcomed === true && !this.link.ended && (this.room?.here ?? this.#roomless);
+    return Boolean(this.link?.welcomedAt) && !this.link?.ended && (this.room?.here ?? this.#roomless);
   }
   #showPrompt(): void {
     const { size } = this.#outbox; // a few are always under way
@@ -3660,6 +3696,7 @@ const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
   join: {
     "nick": option("NAME", "who you are", words),
     "room": option("#NAME", "the room to talk in", roomName),
+    "timeout": option("SECONDS", "for piped input after its end, if the server takes nothing (30)", least(1)),
     "plain": option("", "for screen readers: no colour, nothing drawn twice"),
     "explain": EXPLAIN,
     "keylog": KEYLOG,
@@ -3840,7 +3877,8 @@ async function mainJoin(args: readonly string[]): Promise<number> {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => screen.onInterrupt());
   try {
     const flags = { explain: options["explain"] === true, keylog: options["keylog"] === true };
-    return await join({ ...readAddress(target), ...flags, pin, nick, room, password, ca, screen });
+    const timeoutMs = options["timeout"] === undefined ? undefined : 1000 * Number(options["timeout"]);
+    return await join({ ...readAddress(target), ...flags, timeoutMs, pin, nick, room, password, ca, screen });
   } finally {
     screen.close();
   }

@@ -2,9 +2,10 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import net from "node:net";
+import path from "node:path";
 import { test, type TestContext } from "node:test";
-import { type Event, join, type Screen, type Server } from "../chat.ts";
-import { enter, joinProcess, type Running, serveHere, until } from "./helpers.ts";
+import { type Event, join, LIMITS, type Screen, type Server } from "../chat.ts";
+import { enter, joinProcess, Running, serveHere, until } from "./helpers.ts";
 
 /** Numbers from 0 up to 1, the same in each run. */
 function dice(seed: number): () => number {
@@ -86,6 +87,10 @@ async function write(clients: readonly Running[], lines: readonly string[]): Pro
   }
 }
 
+/** A client that does not wait before it connects again. */
+const impatient = (t: TestContext, port = 0, ...args: readonly string[]) =>
+  new Running(t, [process.execPath, path.join(import.meta.dirname, "impatient.ts"), String(port), ...args]);
+
 const LINES = Array.from({ length: 900 }, (_, at) => `line ${at} ${"x".repeat(at % 50)}.`);
 
 test("through hundreds of cuts each line is in the room once and in order, and every reader has it once", async (t) => {
@@ -93,7 +98,7 @@ test("through hundreds of cuts each line is in the room once and in order, and e
   const events = record(server);
   const witness = await enter(t, port, "witness");
   const proxies = [await cutter(t, port, 1), await cutter(t, port, 2)];
-  const [ana, bo] = ["ana", "bo"].map((nick, at) => joinProcess(t, `${nick}@127.0.0.1:${proxies[at]?.port}`));
+  const [ana, bo] = ["ana", "bo"].map((nick, at) => impatient(t, proxies[at]?.port, nick));
   assert.ok(ana && bo);
   await Promise.all([ana, bo].map((client) => client.err.wait(/in #chat as/)));
   await write([ana, bo], LINES);
@@ -119,7 +124,7 @@ test("that is so with little history, for one who is alone in a room, and for tw
   const events = record(server);
   const proxies = [await cutter(t, port, 3), await cutter(t, port, 4), await cutter(t, port, 5)];
   const [alone, desk, laptop] = [["ana", "#alone"], ["bo", "#shared"], ["bo", "#shared"]].map(([nick, room = ""], at) =>
-    joinProcess(t, `${nick}@127.0.0.1:${proxies[at]?.port}`, ["--room", room])
+    impatient(t, proxies[at]?.port, nick ?? "", room)
   );
   assert.ok(alone && desk && laptop);
   await alone.err.wait(/in #alone as ana/);
@@ -169,6 +174,7 @@ test("that is so with private messages, also when both sides are cut", async (t)
       nick,
       password: "x",
       screen: people[at] as unknown as Screen,
+      backOffMs: () => 0,
     })
   );
   for (const person of people) {
@@ -197,6 +203,56 @@ test("that is so with private messages, also when both sides are cut", async (t)
   for (const person of people) person.onInterrupt();
   assert.deepEqual(await Promise.all(ended), [0, 0]);
 });
+
+test("a connection that is lost at once is tried again later and later, one that lasted is tried again at once", async (t) => {
+  const { port, server } = await serveHere(t);
+  const witness = await enter(t, port, "witness");
+  let later = 0;
+  const real = performance.now.bind(performance);
+  t.mock.method(performance, "now", () => real() + later);
+  const person = new Person();
+  const tries: number[] = [];
+  const backOffMs = (count: number) => tries.push(count) && 0;
+  const screen = person as unknown as Screen;
+  const ended = join({ host: "127.0.0.1", port, nick: "ana", password: "x", screen, backOffMs });
+  const ban = async (lastedMs: number) => {
+    await witness.wait(/:ana!ana@chat JOIN/);
+    later += lastedMs;
+    for (const session of [...server.sessions]) if (session.nick === "ana") session.close("You are banned here");
+  };
+  for (let times = 0; times < 4; times++) await ban(0);
+  await ban(LIMITS.steadyMs);
+  await ban(0);
+  await witness.wait(/:ana!ana@chat JOIN/);
+  assert.deepEqual(tries, [0, 1, 2, 3, 0, 1]);
+  person.onInterrupt();
+  assert.equal(await ended, 0);
+});
+
+for (const when of ["while it waits to connect again", "while it connects"]) {
+  test(`a client that is left ${when} connects no more`, async (t) => {
+    const { port, server } = await serveHere(t);
+    const person = new Person();
+    let connects = () => {};
+    const waits = new Promise<void>((resolve) => connects = resolve);
+    const backOffMs = () => {
+      connects();
+      return when === "while it connects" ? 0 : 1e9;
+    };
+    const screen = person as unknown as Screen;
+    const ended = join({ host: "127.0.0.1", port, nick: "ana", password: "x", screen, backOffMs });
+    await until(() => person.shown.some((line) => /^Welcome/.test(line)), () => person.shown.join("\n"));
+    const opened = t.mock.method(server, "open");
+    for (const session of [...server.sessions]) session.close("gone");
+    await waits;
+    person.onInterrupt();
+    assert.equal(await ended, 0);
+    const witness = await enter(t, port, "witness");
+    await witness.sync();
+    assert.ok(opened.mock.callCount() <= 2, "the witness, and a connection that was under way");
+    assert.equal([...server.sessions].filter(({ nick }) => nick === "ana").length, 0);
+  });
+}
 
 test("a cable that is pulled out is noticed within a minute, and the line that was said meanwhile arrives", async (t) => {
   const { port } = await serveHere(t);

@@ -143,6 +143,7 @@ test("wrong usage is told with what is nearest to it, and ends with 2", () => {
     [["serve", "1:2:3"], /1:2:3 is no address/],
     [["serve", ":70000"], /:70000 is no address/],
     [["join"], /join whom\?/],
+    [["join", "--timeout", "soon", "x"], /--timeout cannot be "soon"\nchat: hint: --timeout SECONDS: /],
     [["join", "--plian", "x"], /did you mean --plain\?/],
     [["join", "a b@x"], /a b is no nick/],
     [["join", "x/short"], /short is no pin/],
@@ -270,7 +271,7 @@ for (const runtime of ["binary", "node", "deno"] as const) {
   });
 }
 
-test("commands that are printed for copying begin as the program was invoked", async (t) => {
+test("commands that are printed for copying begin as the program was invoked", (t) => {
   const scratch = fs.mkdtempSync(path.join(os.tmpdir(), "chat-invoked-"));
   t.after(() => fs.rmSync(scratch, { recursive: true }));
   fs.symlinkSync(BINARY, path.join(scratch, "chat"));
@@ -400,6 +401,29 @@ test("long lines of a script arrive whole, in pieces that fit, cut between chara
   });
   assert.equal(pieces.slice(0, -1).join(""), text);
   assert.ok(pieces.every((piece) => !/^\u200d|\u200d$/.test(piece)));
+});
+
+test("a script whose server has gone ends with 1 after --timeout, and says which lines were not sent", async (t) => {
+  const server = await serveProcess(t);
+  const script = joinProcess(t, `bot@127.0.0.1:${server.port}`, ["--timeout", "1"]);
+  await script.err.wait(/in #chat as bot/);
+  server.child.kill("SIGKILL");
+  await script.err.wait(/connection lost: /);
+  script.end("first\nsecond\n");
+  assert.equal(await script.ended, 1);
+  assert.match(
+    script.err.all,
+    /chat: gave up: the server took nothing for 1 s\nchat: 2 lines were not sent:\nchat: #chat first\nchat: #chat second\n$/,
+  );
+});
+
+test("a script whose connection hangs from the beginning ends with 1 after --timeout", async (t) => {
+  const { key, cert } = STRANGER;
+  const mute = await other(t, tls.createServer({ key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"] }));
+  const script = joinProcess(t, `bot@127.0.0.1:${mute}`, ["--timeout", "1"]);
+  script.end("never\n");
+  assert.equal(await script.ended, 1);
+  assert.match(script.err.all, /chat: gave up: the server took nothing for 1 s\n/);
 });
 
 test("a script says that it failed if the room does not take its lines", async (t) => {
