@@ -39,13 +39,18 @@ export const LIMITS = Object.freeze({
   gathered: 10, // but that many events wait for no more
   lingerMs: 15_000, // a member whose last connection is lost stays present for so long
   stopMs: 1_500, // to write out what everybody is owed when the server stops
-  // Work. A session has its pace, by --rate: so many lines a second, each of which costs so much time.
+  // Work. A member has a rate, by --rate, of so many units a second. A line is one of them.
   burstMs: 5_000, // may be used up at once
+  loginRate: 10, // units a second of a connection before its login, whatever --rate says
+  chunkUnits: 0.1, // for each chunk that is received, with a line in it or not,
+  unitBytes: 512, // and one for so many bytes of it
+  debt: 1_000, // units over the rate of a member who is not being read; more, and the connection is closed
+  silentBytes: 4_096, // a second on the socket that bring no text: handshakes, KeyUpdates, empty records
+  silentBurst: 32_768, // of them, at once
+  silentMs: 250, // between two looks at them
   entryMs: 1_000, // are what it costs to enter, of which others are told
   workFactor: 100, // times as long as it took costs executing, or a line for each ms if that is less,
   workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
-  pieceLines: 0.5, // are what a piece of a line costs; each is an object of its own, so that
-  pieces: 64, // of them, without a line, and faster than the pace, are too many
   turnMs: 0.5, // of executing lines of one session; then it is the others' turn. Shorter ones make a lone sender slow
   // Memory.
   inputBytes: 256 * 1024, // received from a session and not yet executed
@@ -488,9 +493,11 @@ export function outsideValidity({ validFrom, validTo }: crypto.X509Certificate):
   return now() < Date.parse(validFrom) ? `is not valid before ${day(validFrom)}` : undefined;
 }
 
-/** A length in clear, and in TLS records: each holds up to 16 KiB, a header of 5 bytes, a type, a tag of 16. */
+const RECORD_OVERHEAD = 22; // bytes of a TLS 1.3 record besides its text: a header of 5, a type, a tag of 16
+
+/** A length in clear, and in TLS records, which hold up to 16 KiB each. */
 const recorded = (bytes: number) =>
-  `${bytes} bytes, in TLS records ${bytes + 22 * Math.max(1, Math.ceil(bytes / 16384))} (computed)`;
+  `${bytes} bytes, in TLS records ${bytes + RECORD_OVERHEAD * Math.max(1, Math.ceil(bytes / 16384))} (computed)`;
 
 /** What there is to know about a connection, in plain words. What the runtime does not tell is left out. */
 function facts(socket: tls.TLSSocket, certificate: crypto.X509Certificate | undefined): string[] {
@@ -1024,7 +1031,7 @@ export class Session {
   #blocked = false; // the peer takes no more for now
   #busy = false; // a command is running that takes its time
   #ended = false; // no more bytes will come
-  #pieces = 0; // that came since a line was taken
+  readonly #silent = { bytes: 0, until: 0 }; // what came without text, and when that will be within its rate
   quietSince = now(); // since then nothing came of it, and nothing that had come was executed
   #timer: ReturnType<typeof setTimeout> | undefined;
   #label: Tag[] = []; // what the answers to the line that is being executed must carry
@@ -1057,23 +1064,43 @@ export class Session {
   get floods(): boolean {
     return this.pace.until - performance.now() > LIMITS.burstMs / 2;
   }
-  /** Counts what it did against its pace: in ms, and in lines. */
-  charge(ms: number, lines = 0): void {
-    const { rate } = this.server.options;
-    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + ms + lines * 1000 / rate;
+  get rate(): number {
+    return this.member ? this.server.options.rate : LIMITS.loginRate;
+  }
+  /** Counts what it did against its rate: in ms, and in units. */
+  charge(ms: number, units = 0): void {
+    const { rate } = this;
+    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + ms + units * 1000 / rate;
+  }
+  /** Whether it is further over its rate than slow reading can mend. */
+  get excessive(): boolean {
+    return this.early * this.rate / 1000 > (this.member ? LIMITS.debt : 0);
   }
 
-  /** Takes bytes from the peer. */
+  /** Takes bytes from the peer. They are charged here, whatever comes of them. */
   receive(chunk: Buffer): void {
     if (this.closed) return;
-    if (chunk.length <= 2 || !chunk.includes(10)) {
-      this.charge(0, LIMITS.pieceLines);
-      this.#pieces++;
-    }
+    this.charge(0, LIMITS.chunkUnits + chunk.length / LIMITS.unitBytes);
     this.#splitter.push(chunk);
-    const tooMany = this.#pieces > LIMITS.pieces && this.early > 0;
-    if (tooMany || this.#splitter.size > LIMITS.inputBytes) this.close("Excess flood", tooMany);
+    if (this.excessive || this.#splitter.size > LIMITS.inputBytes) this.#closeForFlood();
     else this.#goOn();
+  }
+  /**
+   * Takes how many bytes have come on the socket without bringing text, since the connection began. A record of which
+   * only a part has come is among them until the rest is there: then the number falls again.
+   */
+  countSilent(bytes: number): void {
+    const perMs = LIMITS.silentBytes / 1000;
+    const at = performance.now();
+    this.#silent.until = Math.max(at, Math.max(at, this.#silent.until) + (bytes - this.#silent.bytes) / perMs);
+    this.#silent.bytes = bytes;
+    if (this.#silent.until - at > LIMITS.silentBurst / perMs && !this.closed) this.#closeForFlood(true);
+  }
+  /** Closes the connection, and reads nothing more of it meanwhile. */
+  #closeForFlood(atOnce = false): void {
+    if (!this.member) this.server.failed(this.address, "a connection was closed", "excess flood");
+    this.#peer.read(false);
+    this.close("Excess flood", atOnce);
   }
   /** Asks whether it is there. When it answers, it has read all that was sent to it until now. */
   ask(): void {
@@ -1100,6 +1127,7 @@ export class Session {
   #run(): void {
     const began = performance.now();
     while (!this.closed) {
+      if (this.excessive) return this.#closeForFlood();
       const [at, { early }] = [performance.now(), this];
       const late = at - began > LIMITS.turnMs && this.#splitter.size > 0;
       if (this.#busy || this.owed > LIMITS.owedBytes / 4 || early || late) {
@@ -1108,11 +1136,10 @@ export class Session {
       }
       const split = this.#splitter.next();
       if (!split) return this.#ended ? this.lost("Connection closed", false) : this.#peer.read(true);
-      this.#pieces = 0;
-      this.charge(0, Math.max(1, (split.text?.length ?? 0) / LIMITS.bodyBytes));
+      this.charge(0, 1);
       void this.#execute(split);
       const took = Math.min(performance.now() - at, LIMITS.workMs);
-      this.charge(took * Math.min(LIMITS.workFactor, 1000 / this.server.options.rate));
+      if (this.member) this.charge(took * Math.min(LIMITS.workFactor, 1000 / this.server.options.rate));
     }
   }
   #resume(): void {
@@ -2202,15 +2229,16 @@ export interface Serving {
 export async function serve({ host, port, identity, keylog, ...options }: ServeOptions): Promise<Serving> {
   const warning = keylog && "This server prints its TLS keys, for a class: whoever has them can read along";
   const server = new Server({ ...options, binding: identity.binding, ...warning && { warning } });
-  const sockets = new Set<tls.TLSSocket>();
+  const sockets = new Map<tls.TLSSocket, () => void>(); // and what to do a few times a second
+  const raw = new Map<string, tls.TLSSocket>(); // the sockets below TLS, by their other end
+  const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress} ${remotePort}`;
   const { key, cert } = identity;
   const { handshakeMs: handshakeTimeout, stopMs } = LIMITS;
   const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout } as const;
   const certificate = new crypto.X509Certificate(cert);
   const listener = tls.createServer(settings, (socket) => {
-    sockets.add(socket);
     socket.on("close", () => sockets.delete(socket));
-    attach(server, socket, certificate);
+    sockets.set(socket, attach(server, socket, raw.get(farEnd(socket)), certificate));
   });
   const knocking = new Map<string, number>(); // connections of each network, those without TLS among them
   listener.on("connection", (socket: tls.TLSSocket) => {
@@ -2218,7 +2246,10 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     const count = (knocking.get(network) ?? 0) + 1;
     if (count > 2 * server.options.perAddress) return void socket.destroy();
     knocking.set(network, count);
+    const end = farEnd(socket);
+    raw.set(end, socket);
     socket.on("close", () => {
+      raw.delete(end);
       const left = (knocking.get(network) ?? 0) - 1;
       void (left > 0 ? knocking.set(network, left) : knocking.delete(network));
     });
@@ -2234,14 +2265,17 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     listener.on("error", (error) => reject(listenFault(error, host, port)));
     listener.listen(port, host, resolve);
   });
-  const timer = setInterval(() => server.sweep(), 1000);
+  const timers = [
+    setInterval(() => server.sweep(), 1000),
+    setInterval(() => sockets.forEach((look) => look()), LIMITS.silentMs),
+  ];
   const address = listener.address();
   const stop = async (reason: string) => {
-    clearInterval(timer);
+    timers.forEach(clearInterval);
     listener.close();
     for (const session of server.sessions) session.close(reason);
-    const late = setTimeout(() => sockets.forEach((socket) => socket.destroy()), stopMs);
-    await Promise.all([...sockets].map((socket) => new Promise((closed) => socket.on("close", closed))));
+    const late = setTimeout(() => [...sockets.keys()].forEach((socket) => socket.destroy()), stopMs);
+    await Promise.all([...sockets.keys()].map((socket) => new Promise((closed) => socket.on("close", closed))));
     clearTimeout(late);
   };
   return { server, stop, port: typeof address === "object" && address ? address.port : port };
@@ -2253,12 +2287,18 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
  */
 let enough: Buffer | undefined;
 
-/** Makes a session of a socket. */
-function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509Certificate): void {
+/** Makes a session of a socket, and returns what is to be done for it a few times a second. `raw` is the one below TLS. */
+function attach(
+  server: Server,
+  socket: tls.TLSSocket,
+  raw: tls.TLSSocket | undefined,
+  certificate: crypto.X509Certificate,
+): () => void {
   const { explain } = server.options;
   const who = `${socket.remoteAddress}:${socket.remotePort}`;
   if (explain) facts(socket, certificate).forEach((fact) => explain(`${who} ${fact}`));
   let flowing = true;
+  let textual = 0; // bytes on the socket that brought text: Node gives a chunk for each record, Deno for several
   const stop = enough ??= Buffer.alloc(socket.readableHighWaterMark);
   const session = server.open({
     address: socket.remoteAddress ?? "",
@@ -2286,6 +2326,7 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
   socket.allowHalfOpen = true;
   socket.on("data", (chunk: Buffer) => {
     if (chunk.buffer === stop.buffer) return;
+    textual += chunk.length * ("Deno" in globalThis ? 2 : 1) + RECORD_OVERHEAD;
     explain?.(`${who} read ${recorded(chunk.length)}`);
     session.receive(chunk);
   });
@@ -2293,6 +2334,9 @@ function attach(server: Server, socket: tls.TLSSocket, certificate: crypto.X509C
   socket.on("drain", () => session.drained());
   socket.on("error", (error) => session.lost(error.message));
   socket.on("close", () => session.lost("Connection closed"));
+  return () => {
+    if (flowing) session.countSilent((raw?.bytesRead ?? 0) - textual);
+  };
 }
 
 /** What went wrong before there was TLS, for the log. */
