@@ -1,9 +1,15 @@
 /**
- * chat: an encrypted group chat in one file. `serve` opens a room, `join` enters it, and the wire between them is IRC
- * over TLS 1.3, so that any IRC client can sit in the room as well. It reads from top to bottom, each chapter on those
- * above it: Terms, Lines, Identity, Accounts, Rooms, Server, Screen, Client, Main.
+ * chat: an encrypted group chat in one file. `chat serve` opens a room, `chat join` enters it. The wire between them is
+ * IRC over TLS 1.3, so that any IRC client can sit in the room as well.
  *
- * There are three imports. The program cannot open a file or start another one: accounts, keys and history live in
+ * The chapters build on each other, from top to bottom: Basics, Protocol, Identity, Accounts; then the server: Rooms,
+ * Delivery, Session, Server, Registration, Commands, Console, Listener; then the client: Terminal, Interfaces, Full
+ * terminal, Link, Login, Connection, Conversations, Client, Slash commands; and the command line.
+ *
+ *   bytes → Listener → Inbox (lines, rate limit) → Session → handler in Commands ─→ Reply → Outbox → Listener → bytes
+ *                                                                └→ log (Event) → Delivery → each reader's Outbox ┘
+ *
+ * There are three imports. The program cannot open a file or start another program: accounts, keys and history live in
  * memory and end with the process.
  */
 import crypto from "node:crypto";
@@ -11,78 +17,223 @@ import readline from "node:readline";
 import tls from "node:tls";
 
 /* =====================================================================================================================
- * Terms
- * Every limit stands in this one table, so that an operator can see what a peer may cost; below it is what keeps to it.
+ * Basics
+ * Every limit is in one table, so that an operator can see what a peer may cost. Time comes from one clock, which tests
+ * replace. Three small mechanisms enforce most of the limits: a rate limit, a counter per network, and a semaphore.
  * ================================================================================================================== */
 
 export const VERSION = "1.0.0";
 
 export const LIMITS = Object.freeze({
-  // A line and what is in it.
-  bodyBytes: 512, // without its tags, CR LF included (RFC 1459, 2.3)
-  clientTagBytes: 4096, // the tags that a client sends, "@" and the space included
-  serverTagBytes: 8191, // the tags that a server sends, likewise
+  // Lines
+  bodyBytes: 512, // of a line without its tags, CR LF included (RFC 1459, section 2.3)
+  clientTagBytes: 4_096, // of the tags that a client sends, "@" and the space included
+  serverTagBytes: 8_191, // of the tags that a server sends, likewise
   targets: 4, // of one message
-  nick: 20, // characters
+  nick: 20, // characters of a nick
   room: 50, // bytes of a room's name
-  topic: 300, // bytes
-  text: 200, // bytes of a real name, an away message, a reason
-  password: 300, // characters
-  // Connections.
-  handshakeMs: 10_000, // for TLS
-  silenceMs: 60_000, // of a stranger, which is who has not logged in yet
-  strangerMs: 300_000, // from connecting to being logged in
-  strangers: 500, // at once, or half of all connections that there may be
-  pingMs: 60_000, // a member's silence before a PING; as long again, and the connection is lost
-  lateMs: 10_000, // since the last sweep: nobody is taken for lost in this one
-  gatherMs: 100, // in a large room, what is said within it is written together,
-  gathered: 10, // but that many events wait for no more
-  lingerMs: 15_000, // a member whose last connection is lost stays present for so long
-  stopMs: 1_500, // to write out what everybody is owed when the server stops
-  // Work. A member has a rate, by --rate, of so many units a second. A line is one of them.
-  burstMs: 5_000, // may be used up at once
-  loginRate: 10, // units a second of a connection before its login, whatever --rate says
-  chunkUnits: 0.1, // for each chunk that is received, with a line in it or not,
-  unitBytes: 512, // and one for so many bytes of it
-  debt: 1_000, // units over the rate of a member who is not being read; more, and the connection is closed
+  topic: 300, // bytes of a topic
+  text: 200, // bytes of a real name, an away message or a reason
+  password: 300, // characters of a password
+  // Connections
+  handshakeMs: 10_000, // for the TLS handshake, and for a whole login by `join`
+  silenceMs: 60_000, // without a byte before login
+  loginMs: 300_000, // from connecting to being logged in
+  unauthenticated: 500, // connections before login, or half of --max-clients if that is more
+  pingMs: 60_000, // of silence before a PING is sent, and then until the connection times out
+  sleepMs: 10_000, // between two sweeps of the server: then the machine was asleep, and nobody times out yet
+  graceMs: 15_000, // for which a member whose last connection was lost stays present
+  stopMs: 1_500, // to write out the queues when the server stops
+  // Rates. A unit is a line, or its equivalent in bytes.
+  burstSeconds: 5, // whose units may be used at once
+  loginRate: 10, // units a second before login, whatever --rate says
+  chunkUnits: 0.1, // charged for every chunk received
+  unitBytes: 512, // charged as one unit when received
+  replyBytes: 2_048, // charged as one unit when replied
+  debtUnits: 1_000, // over the rate limit of a member who is no longer read; beyond, the connection is closed
   silentBytes: 4_096, // a second on the socket that bring no text: handshakes, KeyUpdates, empty records
-  silentBurst: 32_768, // of them, at once
-  silentMs: 250, // between two looks at them
-  entryMs: 1_000, // are what it costs to enter, of which others are told
-  workFactor: 100, // times as long as it took costs executing, or a line for each ms if that is less,
-  workMs: 20, // but it is not taken to have lasted longer: others may have kept the processor busy
-  turnMs: 0.5, // of executing lines of one session; then it is the others' turn. Shorter ones make a lone sender slow
-  // Memory.
-  inputBytes: 256 * 1024, // received from a session and not yet executed
-  owedBytes: 1024 * 1024, // not yet taken by a session; over a quarter of it, its own lines have to wait
-  pieceBytes: 1000, // written at once to a newcomer: TLS keeps room for the largest write, which is the greeting,
-  newcomerBytes: 32 * 1024, // and that is who was not written so many yet
-  writeBytes: 32 * 1024, // written at once to the others
-  historyBytes: 64 * 1024 * 1024, // all logs together
-  presence: 200, // joins, parts and topics kept in a log
-  chathistory: 100, // events read by one CHATHISTORY
-  missed: 1_000, // private messages handed over to somebody who returns
+  silentBurst: 32_768, // of them at once
+  silentMs: 250, // between two checks of them
+  // Memory
+  inputBytes: 256 * 1024, // received on a connection and not yet executed
+  pauseBytes: 256 * 1024, // in a connection's outgoing queue, before its own lines have to wait
+  queueBytes: 1024 * 1024, // in a connection's outgoing queue, before it is closed
+  historyBytes: 64 * 1024 * 1024, // of all logs together
+  chathistory: 100, // messages read by one CHATHISTORY
+  missed: 1_000, // private messages replayed to a member who returns
   rooms: 1_000,
   roomsPerMember: 20,
-  roomIdleMs: 600_000, // an empty room stays so long
+  roomIdleMs: 600_000, // for which an empty room with a log is kept
   accounts: 10_000,
-  instances: 8, // clients per account whose numbered lines are remembered
-  failures: 60, // lines in the log, per network and minute, on who did not get in
-  // Guessing and hoarding. Attempts are counted before they are answered.
-  newAccounts: 20, // per address and hour, loopback excepted
+  instances: 8, // client instances per account whose idempotency keys are remembered
+  knownNetworks: 8, // per account, from which it has logged in
+  rateKeys: 100_000, // in one keyed rate limit
+  failuresPerMinute: 60, // lines in the log about failed logins and handshakes, per network
+  // Guessing and hoarding
+  newAccountsPerHour: 20, // per network, loopback excepted
   wrongPasswords: 3, // per connection
-  triesPerAccount: 10, // from one address in ten minutes
-  triesPerAddress: 100, // in ten minutes, besides those of as many as may be connected from it
-  triesOfStrangers: 100, // per account in ten minutes, from all addresses that it was never logged in from
+  triesPerAccount: 10, // at once per account and network, then one every 30 s
+  triesPerNetwork: 100, // at once, besides --per-address, then one a second
+  triesOfUnknown: 100, // at once per account, from networks where it never logged in, then one every 10 s
   scrypts: 2, // password hashings at once
-  scryptQueue: 100, // hashings that wait, per network
+  // The operator
   againMs: 10_000, // within which stopping a room that is not empty is confirmed
-  // The client.
-  outbox: 500, // lines that wait for the connection
-  steadyMs: 10_000, // a connection that lasted so long is tried again at once when it is lost
-  timeoutMs: 30_000, // after the end of the input without progress, the rest of it is given up
-  hushMs: 30_000, // a server's silence before a PING; as long again, and the connection is lost
+  // The client
+  outbox: 500, // lines typed that wait for the connection
+  window: 50, // lines sent and not yet acknowledged
+  steadyMs: 10_000, // for which a connection must have lasted to reset the back-off
+  timeoutMs: 30_000, // without progress after the end of the input, before the rest is given up
+  hushMs: 30_000, // of a server's silence before a PING, and then until the connection counts as lost
 });
+
+/** An error in words for a person; `status` is the exit status that it leads to. */
+export class Fault extends Error {
+  readonly hint: string; // what to try; empty if there is nothing
+  readonly status: number;
+  constructor(message: string, hint = "", status = 1) {
+    super(message);
+    this.hint = hint;
+    this.status = status;
+  }
+}
+
+// tls keeps a small buffer for each connection. Cut out of a shared pool, each would keep the whole pool alive.
+Buffer.poolSize = 0;
+
+/** Where the time comes from. */
+export interface Clock {
+  wall(): number; // the time of day in ms since 1970, for people and for events; it may jump
+  now(): number; // a monotonic time in ms, for every duration
+  after(ms: number, run: () => void): () => void; // calls `run` after some ms; returns a function that cancels it
+}
+
+export const systemClock: Clock = {
+  wall: () => Date.now(),
+  now: () => performance.now(),
+  after(ms, run) {
+    const timer = setTimeout(run, ms);
+    return () => clearTimeout(timer);
+  },
+};
+
+/** A rate limit (GCRA, the generic cell rate algorithm). A rate of 0 means no limit. */
+export class RateLimit {
+  readonly #clock: Clock;
+  readonly #msPerUnit: number;
+  readonly #burstMs: number;
+  #paidAt = -Infinity; // when everything charged so far will have been paid off
+  /** @param burst units that may be charged at once, besides those that become free over time */
+  constructor(clock: Clock, perSecond: number, burst: number) {
+    this.#clock = clock;
+    this.#msPerUnit = perSecond > 0 ? 1000 / perSecond : 0;
+    this.#burstMs = burst * this.#msPerUnit;
+  }
+  charge(units: number): void {
+    this.#paidAt = Math.max(this.#paidAt, this.#clock.now()) + units * this.#msPerUnit;
+  }
+  /** Takes a charge back. The limit never becomes fuller than full. */
+  refund(units: number): void {
+    this.#paidAt -= units * this.#msPerUnit;
+  }
+  /** For how many ms nothing may be done until the limit is kept again; 0 if it is kept. */
+  get throttleMs(): number {
+    return Math.max(0, this.#paidAt - this.#clock.now() - this.#burstMs);
+  }
+  /** How many units beyond the limit have been charged. */
+  get excess(): number {
+    return this.#msPerUnit && this.throttleMs / this.#msPerUnit;
+  }
+  get isFull(): boolean {
+    return this.#paidAt <= this.#clock.now();
+  }
+}
+
+/** Charges one unit to each of some limits if all of them allow it. @returns whether they do */
+function tryCharge(...limits: readonly RateLimit[]): boolean {
+  for (const limit of limits) limit.charge(1);
+  const isAllowed = limits.every(({ throttleMs }) => throttleMs === 0);
+  for (const limit of isAllowed ? [] : limits) limit.refund(1);
+  return isAllowed;
+}
+
+/** A rate limit per key. Keys that are full again are forgotten one by one. */
+class KeyedRateLimit {
+  readonly #limits = new Map<string, RateLimit>(); // the key used longest ago first
+  readonly #make: () => RateLimit;
+  constructor(clock: Clock, perSecond: number, burst: number) {
+    this.#make = () => new RateLimit(clock, perSecond, burst);
+  }
+  of(key: string): RateLimit {
+    const limit = this.#limits.get(key) ?? this.#make();
+    this.#limits.delete(key);
+    this.#limits.set(key, limit);
+    for (const [oldest, { isFull }] of this.#limits) {
+      if (oldest === key || (!isFull && this.#limits.size <= LIMITS.rateKeys)) break;
+      this.#limits.delete(oldest);
+    }
+    return limit;
+  }
+}
+
+/** How many connections each network has. */
+class Occupancy {
+  readonly #counts = new Map<string, number>();
+  of(network: string): number {
+    return this.#counts.get(network) ?? 0;
+  }
+  change(network: string, by: 1 | -1): void {
+    const count = this.of(network) + by;
+    if (count) this.#counts.set(network, count);
+    else this.#counts.delete(network);
+  }
+}
+
+/** Runs a few jobs at once. The keys of those that wait take turns, so that nobody's many jobs delay another's one. */
+class Semaphore {
+  readonly #waiting = new Map<string, (() => void)[]>(); // the key whose turn is next first
+  #free: number;
+  constructor(permits: number) {
+    this.#free = permits;
+  }
+  async run<T>(key: string, job: () => Promise<T>): Promise<T> {
+    if (this.#free > 0) this.#free--;
+    else await new Promise<void>((start) => this.#waiting.set(key, [...this.#waiting.get(key) ?? [], start]));
+    try {
+      return await job();
+    } finally {
+      this.#pass();
+    }
+  }
+  /** Passes the permit on to the next job. */
+  #pass(): void {
+    for (const [key, [start, ...more]] of this.#waiting) {
+      this.#waiting.delete(key);
+      if (more.length) this.#waiting.set(key, more);
+      return start?.();
+    }
+    this.#free++;
+  }
+}
+
+const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
+const base64 = (data: Buffer) => data.toString("base64");
+const fromBase64 = (text = "") => Buffer.from(text, "base64");
+const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
+
+/** Looks up a row of a table, but none of what every object inherits. */
+const rowOf = <T>(table: Readonly<Partial<Record<string, T>>>, name: string) =>
+  Object.hasOwn(table, name) ? table[name] : undefined;
+
+/** The network that an address is counted under: an IPv4 address, or the /64 of an IPv6 address. */
+export function networkOf(address: string): string {
+  const plain = address.replace(/^::ffff:(?=\d+\.)/i, "").replace(/%.*/, "");
+  if (!plain.includes(":")) return plain;
+  const [left = [], right = []] = plain.split("::").map((part) => part.split(":").filter(Boolean));
+  const zeros = Array<string>(Math.max(0, 8 - left.length - right.length)).fill("0");
+  return `${[...left, ...zeros, ...right].slice(0, 4).join(":")}::/64`;
+}
+
+export const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
 
 /** How the program was invoked: every command that is printed for copying begins like that. */
 const CHAT = invocation();
@@ -96,115 +247,11 @@ function invocation(): string {
   return isScript ? `node ${word}` : word;
 }
 
-/** What ends the program, or one try of it, in words for a person; `status` is the exit status. */
-export class Fault extends Error {
-  readonly hint: string;
-  readonly status: number;
-  constructor(message: string, hint = "", status = 1) {
-    super(message);
-    this.hint = hint;
-    this.status = status;
-  }
-}
-
-/** The Fault of a connection that could not be made or has ended: another try may help. */
-class Lost extends Fault {}
-
-// Small buffers are not cut out of a common one, which each of them would keep alive: tls keeps one per connection.
-Buffer.poolSize = 0;
-
-const now = () => Date.now();
-const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
-const base64 = (data: Buffer) => data.toString("base64");
-const fromBase64 = (text = "") => Buffer.from(text, "base64");
-
-/** A row of a table, which has no others than its own. */
-const rowOf = <T>(table: Readonly<Partial<Record<string, T>>>, name: string) =>
-  Object.hasOwn(table, name) ? table[name] : undefined;
-
-/** Counts what happens under a key in a window of time. */
-class Counter {
-  readonly #counts = new Map<string, number>();
-  readonly #windowMs: number;
-  #window = 0;
-  constructor(windowMs: number) {
-    this.#windowMs = windowMs;
-  }
-  /** Counts one more; false if `limit` of them are counted already. */
-  take(key: string, limit: number): boolean {
-    const window = Math.floor(now() / this.#windowMs);
-    if (window !== this.#window || this.#counts.size > 100_000) this.#counts.clear();
-    this.#window = window;
-    const count = this.#counts.get(key) ?? 0;
-    if (count < limit) this.#counts.set(key, count + 1);
-    return count < limit;
-  }
-  /** Takes one back: what was counted turned out to be all right. */
-  giveBack(key: string): void {
-    this.#counts.set(key, Math.max(0, (this.#counts.get(key) ?? 0) - 1));
-  }
-}
-
-/** Who wants something that may take its time, and may be gone before it is done. */
-export interface Visitor {
-  readonly address: string;
-  readonly closed: boolean;
-}
-
-/** Runs LIMITS.scrypts jobs at once. Of those that wait, the kinds take turns, and in each kind the networks. */
-class FairQueue {
-  #waiting: { kind: string; visitor: Visitor; network: string; round: number; start: () => void }[] = [];
-  readonly #rounds = new Map<string, number>(); // of each kind: a network has one job in every round
-  #running = 0;
-  #last = "";
-  /** Runs a job when its turn has come; undefined at once if too many of the same network wait. */
-  async run<T>(kind: string, visitor: Visitor, job: () => Promise<T>): Promise<T | undefined> {
-    const network = networkOf(visitor.address);
-    this.#waiting = this.#waiting.filter((one) => !one.visitor.closed);
-    const own = this.#waiting.filter((one) => one.kind === kind && one.network === network).length;
-    if (own >= LIMITS.scryptQueue) return undefined;
-    if (this.#running < LIMITS.scrypts) this.#running++;
-    else {
-      await new Promise<void>((start) => {
-        this.#waiting.push({ kind, visitor, network, round: (this.#rounds.get(kind) ?? 0) + own, start });
-        this.#waiting.sort((one, other) => one.round - other.round);
-      });
-    }
-    try {
-      return await job();
-    } finally {
-      this.#running--;
-      this.#next();
-    }
-  }
-  #next(): void {
-    const waiting = this.#waiting.filter((one) => !one.visitor.closed);
-    const next = waiting.find(({ kind }) => kind !== this.#last) ?? waiting[0];
-    this.#waiting = waiting.filter((one) => one !== next);
-    if (!next) return;
-    this.#running++;
-    this.#last = next.kind;
-    this.#rounds.set(next.kind, next.round);
-    next.start();
-  }
-}
-
-/** Where attempts are counted: at an IPv4 address, or at the /64 that is one customer's in IPv6. */
-export function networkOf(address: string): string {
-  const plain = address.replace(/^::ffff:(?=\d+\.)/i, "").replace(/%.*/, "");
-  if (!plain.includes(":")) return plain;
-  const [left = [], right = []] = plain.split("::").map((part) => part.split(":").filter(Boolean));
-  const zeros = Array<string>(Math.max(0, 8 - left.length - right.length)).fill("0");
-  return `${[...left, ...zeros, ...right].slice(0, 4).join(":")}::/64`;
-}
-
-export const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
-
 /* =====================================================================================================================
- * Lines
- * A line of the protocol is `@tags :source COMMAND param param :last param` and ends with CR LF. What others wrote is
- * bytes until it went through a Splitter, and reaches no terminal but through `clean`.
- * References: modern.ircdocs.horse, IRCv3 message-tags, RFC 1459.
+ * Protocol
+ * A line is `@tags :source COMMAND param param :last param` and ends with CR LF. Bytes become lines in a LineSplitter,
+ * and text from the wire reaches a terminal only through `clean`.
+ * Sources: modern.ircdocs.horse ("Modern IRC"), IRCv3 message-tags, RFC 1459.
  * ================================================================================================================== */
 
 export type Tag = readonly [name: string, value: string];
@@ -216,8 +263,15 @@ export interface Line {
   readonly params: readonly string[];
 }
 
+const LINE = /^(?:@([^ ]*) *)?(?::([^ ]*) *)?([^ ]*) *(.*)$/s;
+const NO_TAGS: Line["tags"] = new Map();
+/** What stands behind a backslash in the value of a tag, by the character that it means. */
+const ESCAPES = new Map([[";", ":"], [" ", "s"], ["\r", "r"], ["\n", "n"], ["\\", "\\"]]);
+const UNESCAPED = new Map(Array.from(ESCAPES, ([plain, code]) => [code, plain]));
+
 /**
- * Parses a line without its CR LF (Modern IRC, "Message Format"). What is missing is empty.
+ * Parses a line (Modern IRC, "Message Format"). What is missing is empty.
+ * @param text the line without its CR LF
  * @example parse(":bo!bo@chat PRIVMSG #chat :good morning").params // ["#chat", "good morning"]
  */
 export function parse(text: string): Line {
@@ -228,29 +282,28 @@ export function parse(text: string): Line {
   return { tags: tags ? parseTags(tags) : NO_TAGS, source, command: command.toUpperCase(), params };
 }
 
-const LINE = /^(?:@([^ ]*) *)?(?::([^ ]*) *)?([^ ]*) *(.*)$/s;
-const NO_TAGS: Line["tags"] = new Map();
-const ESCAPES = [[";", ":"], [" ", "s"], ["\r", "r"], ["\n", "n"], ["\\", "\\"]] as const;
-const ESCAPED = new Map<string, string>(ESCAPES);
-const UNESCAPED = new Map<string, string>(ESCAPES.map(([plain, code]) => [code, plain]));
-
 function parseTags(text: string): Line["tags"] {
   const pairs = text.split(";").map((pair) => pair.split(/=(.*)/s)).filter(([name]) => name);
   const unescape = (value: string) => value.replace(/\\(.?)/gs, (_, code: string) => UNESCAPED.get(code) ?? code);
   return new Map(pairs.map(([name = "", value = ""]) => [name, unescape(value)]));
 }
 
-/** What people write stands behind a colon, whether it needs one or not: there is software that counts on that. */
+/** The last parameter of these is text, and stands behind a colon even if it is one word: some clients rely on that. */
 const TEXTUAL = /^(PRIVMSG|NOTICE|QUIT|PART|TOPIC|AWAY|ERROR|301|319|332|353)$/;
 
-/** Formats a line without its CR LF. Only the last parameter may be empty, begin with a colon or hold spaces. */
+/**
+ * Formats a line without its CR LF. Only the last parameter may be empty, begin with a colon or contain spaces.
+ * @example format("PRIVMSG", ["#chat", "good morning"]) // "PRIVMSG #chat :good morning"
+ */
 export function format(command: string, params: readonly string[], source = "", tags: readonly Tag[] = []): string {
-  const escape = (value: string) => value.replace(/[; \r\n\\]/g, (char) => `\\${ESCAPED.get(char)}`);
+  const escape = (value: string) => value.replace(/[; \r\n\\]/g, (char) => `\\${ESCAPES.get(char)}`);
   let text = tags.length ? `@${tags.map(([name, value]) => value ? `${name}=${escape(value)}` : name).join(";")} ` : "";
   text += source ? `:${source} ${command}` : command;
   for (const [index, param] of params.entries()) {
-    const colon = param === "" || param[0] === ":" || param.includes(" ") || TEXTUAL.test(command);
-    text += colon && index === params.length - 1 && (index > 0 || !/^[PT]/.test(command)) ? ` :${param}` : ` ${param}`;
+    const isLast = index === params.length - 1;
+    const needsColon = param === "" || param[0] === ":" || param.includes(" ");
+    const isText = TEXTUAL.test(command) && (index > 0 || !/^[PT]/.test(command)); // PART #room has no text
+    text += isLast && (needsColon || isText) ? ` :${param}` : ` ${param}`;
   }
   return text;
 }
@@ -258,14 +311,14 @@ export function format(command: string, params: readonly string[], source = "", 
 /** Folds a name for comparison: CASEMAPPING=ascii. */
 export const fold = (name: string): string => name.replace(/[A-Z]+/g, (upper) => upper.toLowerCase());
 
-const JOINING = "Arab Syrc Mong Deva Beng Guru Gujr Orya Taml Telu Knda Mlym Sinh".split(" ");
+const JOINING_SCRIPTS = "Arab Syrc Mong Deva Beng Guru Gujr Orya Taml Telu Knda Mlym Sinh".split(" ");
 const KEPT = [
-  "\\uFE0F", // asks for an emoji in colour
-  "\\p{ExtPict}[\\u{1F3FB}-\\u{1F3FF}]?\\uFE0F?\\u200D(?=\\p{ExtPict})", // joins two emoji to one
+  "\\uFE0F", // emoji presentation
+  "\\p{ExtPict}[\\u{1F3FB}-\\u{1F3FF}]?\\uFE0F?\\u200D(?=\\p{ExtPict})", // a joiner between two emoji
   "\\u{1F3F4}[\\u{E0030}-\\u{E007A}]{1,6}\\u{E007F}", // the flags of Scotland and the like
-  `[${JOINING.map((script) => `\\p{sc=${script}}`).join("")}][\\u200C\\u200D](?=\\p{L})`, // shapes letters
+  `[${JOINING_SCRIPTS.map((script) => `\\p{sc=${script}}`).join("")}][\\u200C\\u200D](?=\\p{L})`, // shapes letters
 ].join("|");
-/** Controls, bidirectional overrides and whatever shows nothing, but for KEPT. */
+/** Control characters, bidirectional overrides and everything that is invisible, except KEPT. */
 const HARMFUL = new RegExp(`(${KEPT})|[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Co}\\p{Zl}\\p{Zp}\\p{DI}]`, "gu");
 /** IRC's colours, with their numbers, and its other formatting. */
 const FORMATTING = new RegExp(
@@ -273,88 +326,106 @@ const FORMATTING = new RegExp(
   "gi",
 );
 
-/** Makes what somebody else wrote safe to show: IRC's formatting goes, what else is harmful becomes U+FFFD. */
-export function clean(text: string): string {
-  if (/^[ -~]*$/.test(text)) return text;
-  const plain = text.replace(FORMATTING, "").replaceAll("\t", " ").replace(
-    HARMFUL,
-    (_, kept?: string) => kept ?? "\uFFFD",
-  );
-  return plain.replace(/(\p{M}{4})\p{M}+/gu, "$1"); // towers of marks reach into other lines
+/** Text that is safe to show on a terminal: nothing else reaches one. */
+export type Clean = string & { readonly clean: unique symbol };
+
+/** Makes a text safe to show: removes IRC's formatting, and puts U+FFFD in place of what else could do harm. */
+export function clean(text: string): Clean {
+  if (/^[ -~]*$/.test(text)) return text as Clean;
+  const plain = text.replace(FORMATTING, "").replaceAll("\t", " ")
+    .replace(HARMFUL, (_, kept?: string) => kept ?? "\uFFFD");
+  return plain.replace(/(\p{M}{4})\p{M}+/gu, "$1") as Clean; // longer stacks of marks reach into other rows
 }
 
-/** Whether a nick is one: ASCII, so that no two look alike, and no "…serv", to which clients send passwords unasked. */
+/**
+ * Whether a name is a valid nick. Nicks are ASCII, so that no two look alike; "…serv" is reserved, because clients
+ * send passwords to services of such names unasked.
+ */
 export const isNick = (name: string): boolean =>
   name.length <= LIMITS.nick && /^[A-Za-z[\]\\`_^{|}][-\w[\]\\`^{|}]*$/.test(name) && !/serv$/i.test(name);
 
-/** Whether a room's name is one: # and no space, comma or character that does not show. */
+/** Whether a name is a valid name of a room: `#` and then no space, no comma and no invisible character. */
 export const isRoom = (name: string): boolean =>
   /^#[^ ,]+$/.test(name) && Buffer.byteLength(name) <= LIMITS.room && clean(name) === name;
 
-/** Cuts a text to a number of bytes, but not inside a character. */
+/** Cuts a text to a number of bytes of UTF-8, but never inside a character. */
 export function cut(text: string, bytes: number): string {
   if (text.length * 3 <= bytes) return text;
   const raw = Buffer.from(text);
-  let end = Math.min(bytes, raw.length);
-  while (end > 0 && end < raw.length && ((raw[end] ?? 0) & 0xc0) === 0x80) end--;
+  let end = bytes;
+  while (((raw[end] ?? 0) & 0xc0) === 0x80) end--;
   return raw.toString("utf8", 0, end);
 }
 
-/** Puts words into lines of at most `width` characters. */
-function inLines(words: Iterable<string>, width = 380): string[] {
-  const lines: string[] = [];
+/** Fills rows of up to `width` bytes with words. A word that is longer than a row gets its own. */
+function fill(words: readonly string[], width: number): string[] {
+  const rows: string[] = [];
   for (const word of words) {
-    const last = lines.at(-1);
-    if (last !== undefined && last.length + word.length < width) lines[lines.length - 1] = `${last} ${word}`;
-    else lines.push(word);
+    const longer = `${rows.at(-1)} ${word}`;
+    if (rows.length && Buffer.byteLength(longer) <= width) rows[rows.length - 1] = longer;
+    else rows.push(word);
   }
-  return lines;
+  return rows;
 }
 
-const NOTHING: Buffer = Buffer.alloc(0);
+const EMPTY: Buffer = Buffer.alloc(0);
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const [LF, CR, AT, SPACE] = [10, 13, 64, 32];
 
-/** Splits a stream of bytes into lines that end with CR, LF or both. An endless line is told once and skipped. */
-export class Splitter {
+/** What a LineSplitter found: a line's text, or why it is not one. */
+export type Split = { readonly text: string } | { readonly fault: "too long" | "not UTF-8" | "NUL" };
+
+/** Splits a stream of bytes into lines that end with CR, LF or both. An endless line is reported once and skipped. */
+export class LineSplitter {
   readonly #tagBytes: number;
-  #bytes = NOTHING;
-  #skipping = false;
-  /** `tagBytes` is what the tags of a line may take, "@" and the space included. */
+  #bytes = EMPTY; // with no line end at the beginning, unless a line is being skipped
+  #isSkipping = false; // the rest of a line that is too long
+  /** @param tagBytes how long the tags of a line may be, "@" and the space included */
   constructor(tagBytes: number = LIMITS.clientTagBytes) {
     this.#tagBytes = tagBytes;
   }
-  /** Bytes that were pushed and not yet taken. */
-  get size(): number {
+  /** How many bytes were pushed and not yet returned as lines. */
+  get buffered(): number {
     return this.#bytes.length;
   }
   push(chunk: Buffer): void {
     this.#bytes = this.#bytes.length ? Buffer.concat([this.#bytes, chunk]) : chunk;
+    if (!this.#isSkipping) this.#take(0);
   }
-  /** The next line that is not empty, or why it is none; undefined until more bytes come. */
-  next(): { readonly text?: string; readonly fault?: "too long" | "not UTF-8" | "NUL" } | undefined {
-    for (;;) {
-      let ends = 0; // a line is not empty
-      while (!this.#skipping && (this.#bytes[ends] === 10 || this.#bytes[ends] === 13)) ends++;
-      if (ends) this.#bytes = this.#bytes.subarray(ends);
-      const most = LIMITS.bodyBytes + (this.#bytes[0] === 0x40 ? this.#tagBytes : 0);
-      const searched = this.#skipping ? this.#bytes : this.#bytes.subarray(0, most + 1);
-      const lf = searched.indexOf(10);
-      const cr = (lf < 0 ? searched : searched.subarray(0, lf)).indexOf(13);
-      const end = cr < 0 ? lf : cr;
-      if (end < 0 && (this.#skipping || this.#bytes.length <= most)) return this.#keep(this.#skipping);
-      const [line, skipped] = [this.#bytes.subarray(0, Math.max(0, end)), this.#skipping];
-      this.#skipping = end < 0;
-      if (end < 0) return { fault: "too long" };
-      this.#bytes = this.#bytes.subarray(end + 1);
-      if (!skipped) return this.#decode(line);
+  /** @returns the next line that is not empty; undefined until there is one */
+  next(): Split | undefined {
+    const most = LIMITS.bodyBytes + (this.#bytes[0] === AT ? this.#tagBytes : 0);
+    const end = this.#endOfLine(this.#isSkipping ? Infinity : most + 1);
+    if (end < 0 && !this.#isSkipping && this.#bytes.length > most) {
+      this.#isSkipping = true;
+      return { fault: "too long" };
     }
+    if (end < 0) { // a copy does not keep the large chunk alive that it was a part of
+      this.#bytes = this.#isSkipping ? EMPTY : Buffer.from(this.#bytes);
+      return undefined;
+    }
+    const line = this.#take(end);
+    if (!this.#isSkipping) return this.#decode(line);
+    this.#isSkipping = false;
+    return this.next();
   }
-  /** Keeps what is left, but not the runtime's large piece of memory that it may be a small part of. */
-  #keep(nothing: boolean): undefined {
-    this.#bytes = nothing || !this.#bytes.length ? NOTHING : Buffer.from(this.#bytes);
+  /** Where the line ends within the first `most` bytes; -1 if it does not. */
+  #endOfLine(most: number): number {
+    const searched = this.#bytes.subarray(0, most);
+    const lf = searched.indexOf(LF);
+    const cr = (lf < 0 ? searched : searched.subarray(0, lf)).indexOf(CR);
+    return cr < 0 ? lf : cr;
   }
-  #decode(line: Buffer): { text: string } | { fault: "too long" | "not UTF-8" | "NUL" } {
-    const tags = line[0] === 0x40 ? line.indexOf(32) + 1 || line.length : 0;
+  /** Takes a line, and drops the line ends that follow it. */
+  #take(length: number): Buffer {
+    const line = this.#bytes.subarray(0, length);
+    let next = length;
+    while (this.#bytes[next] === LF || this.#bytes[next] === CR) next++;
+    this.#bytes = this.#bytes.subarray(next);
+    return line;
+  }
+  #decode(line: Buffer): Split {
+    const tags = line[0] === AT ? line.indexOf(SPACE) + 1 || line.length : 0;
     if (tags > this.#tagBytes || line.length - tags > LIMITS.bodyBytes - 2) return { fault: "too long" };
     if (line.includes(0)) return { fault: "NUL" };
     try {
@@ -364,21 +435,22 @@ export class Splitter {
     }
   }
 }
+
 /* =====================================================================================================================
  * Identity
- * A server is known by its public key. The key is made at the start, or derived from a secret that the operator keeps,
- * or it is the operator's own, with a certificate chain. A pin is the key's short name: people compare it, and put it
- * into the command that joins.
+ * A server is known by its public key. The key is generated at the start, or derived from a secret that the operator
+ * keeps, or it is the operator's own, with a certificate chain. A pin is a short name of the key: it is part of the
+ * command that joins.
  * ================================================================================================================== */
 
 export interface Identity {
   readonly key: string; // PEM text of the private key
   readonly cert: string; // PEM text of the certificate, with the operator's chain behind it
   readonly pin: string;
-  readonly binding: Buffer; // SHA-256 over the certificate, to which logins are bound (RFC 5929, tls-server-end-point)
+  readonly binding: Buffer; // SHA-256 over the certificate, for channel binding (RFC 5929, tls-server-end-point)
 }
 
-/** One DER element (X.690) of less than 64 KiB, which is more than a certificate needs. */
+/** Encodes a DER element (X.690) of less than 64 KiB: more than a certificate needs. */
 function der(tag: number, ...parts: readonly (Uint8Array | readonly number[])[]): Buffer {
   const body = Buffer.concat(parts.map((part) => Buffer.from(part)));
   const size = body.length;
@@ -387,17 +459,20 @@ function der(tag: number, ...parts: readonly (Uint8Array | readonly number[])[])
 }
 const derText = (tag: number, text: string) => der(tag, Buffer.from(text));
 
-/** A time; from 2050 on it is written with its century (RFC 5280, 4.1.2.5). */
+/** Encodes a time; from 2050 on it has four digits for the year (RFC 5280, section 4.1.2.5). */
 function derTime(date: Date): Buffer {
   const digits = date.toISOString().replace(/[-:T]|\.\d+/g, "");
   return date.getUTCFullYear() < 2050 ? derText(0x17, digits.slice(2)) : derText(0x18, digits);
 }
 
-/** Writes a self-signed certificate (RFC 5280) for a P-256 key, as PEM text: for ten years, for this machine's names. */
+/**
+ * Makes a self-signed certificate (RFC 5280) for a P-256 key, valid for ten years, for the names of this machine.
+ * @returns its PEM text
+ */
 export function selfSigned(privateKey: crypto.KeyObject): string {
   const algorithm = der(0x30, der(0x06, [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2])); // ecdsa-with-SHA256
   const name = der(0x30, der(0x31, der(0x30, der(0x06, [0x55, 4, 3]), derText(0x0c, "chat")))); // a common name
-  const [from, until] = [new Date(now() - 86_400_000), new Date()]; // the others' clocks may be behind
+  const [from, until] = [new Date(Date.now() - 86_400_000), new Date()]; // clients' clocks may be behind
   until.setUTCFullYear(until.getUTCFullYear() + 10);
   const addresses = [der(0x87, [127, 0, 0, 1]), der(0x87, Buffer.alloc(16).fill(1, 15))];
   const names = der(0x30, derText(0x82, "localhost"), ...addresses);
@@ -416,8 +491,9 @@ export function selfSigned(privateKey: crypto.KeyObject): string {
   return `-----BEGIN CERTIFICATE-----\n${whole.replace(/.{1,64}/g, "$&\n")}-----END CERTIFICATE-----\n`;
 }
 
-/** The P-256 key that belongs to a secret, the same on every machine and runtime. */
-function keyFromSecret(secret: string): crypto.KeyObject {
+/** Makes a P-256 key. That of a secret is the same on every machine and runtime. */
+function newKey(secret?: string): crypto.KeyObject {
+  if (!secret) return crypto.generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
   const order = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551n;
   const cost = { N: 2 ** 17, r: 8, p: 1, maxmem: 256 * 1024 * 1024 };
   const wide = crypto.scryptSync(secret, "chat identity v1", 48, cost).toString("hex");
@@ -429,7 +505,7 @@ function keyFromSecret(secret: string): crypto.KeyObject {
   return crypto.createPrivateKey({ format: "jwk", key: { kty: "EC", crv: "P-256", d, x, y } });
 }
 
-/** A public key's SubjectPublicKeyInfo in DER. */
+/** The SubjectPublicKeyInfo of a public key, in DER (RFC 5280, section 4.1.2.7). */
 export const spki = (key: crypto.KeyObject): Buffer => key.export({ type: "spki", format: "der" });
 
 /** The pin of a public key: 120 bits of SHA-256 over its SubjectPublicKeyInfo, in base32, in groups of four. */
@@ -438,7 +514,7 @@ export function pinOf(key: crypto.KeyObject): string {
   return grouped(bits.replace(/.{5}/g, (five) => "abcdefghijklmnopqrstuvwxyz234567"[parseInt(five, 2)] ?? ""));
 }
 
-/** Reads a pin as people write it, whatever its case and hyphens; undefined if it is none. */
+/** Reads a pin as people write it, in any case and with or without hyphens. @returns undefined if it is not a pin */
 export function readPin(text: string): string | undefined {
   const digits = text.toLowerCase().replaceAll("-", "");
   return /^[a-z2-7]{24}$/.test(digits) ? grouped(digits) : undefined;
@@ -446,17 +522,17 @@ export function readPin(text: string): string | undefined {
 
 const grouped = (digits: string) => digits.replace(/.{4}(?=.)/g, "$&-");
 
-/** The server's identity: of the operator's PEM texts, of a secret, or new. @throws {Fault} for unfit ones. */
+/**
+ * Makes the server's identity from the operator's PEM texts, from a secret of 24 characters or more, or a new one.
+ * @throws {Fault} if the texts cannot be read, do not belong together, or the certificate is not valid now
+ */
 export function makeIdentity({ secret, key, cert }: { secret?: string; key?: string; cert?: string }): Identity {
   if (secret !== undefined && secret.length < 24) {
     throw new Fault("CHAT_SECRET is too short to be safe", "export CHAT_SECRET=$(openssl rand -base64 24)");
   }
-  const privateKey = key || cert
-    ? readPem("CHAT_KEY", key, "private key", crypto.createPrivateKey)
-    : secret
-    ? keyFromSecret(secret)
-    : crypto.generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
-  const chain = key || cert ? cert : selfSigned(privateKey);
+  const isOwn = key || cert; // the operator's
+  const privateKey = isOwn ? readPem("CHAT_KEY", key, "private key", crypto.createPrivateKey) : newKey(secret);
+  const chain = isOwn ? cert : selfSigned(privateKey);
   const leaf = readPem("CHAT_CERT", chain, "certificate", (text) => new crypto.X509Certificate(text));
   if (!spki(crypto.createPublicKey(privateKey)).equals(spki(leaf.publicKey))) {
     const hint = "the server's own certificate comes first in CHAT_CERT, those of its issuers follow";
@@ -468,13 +544,17 @@ export function makeIdentity({ secret, key, cert }: { secret?: string; key?: str
   return { key: pem, cert: chain ?? "", pin: pinOf(leaf.publicKey), binding: sha256(leaf.raw) };
 }
 
-/** Reads a PEM text out of the environment. @throws {Fault} that tells the ways of getting it wrong apart. */
+/**
+ * Reads a PEM text from an environment variable.
+ * @param what what the text should be, for the message
+ * @throws {Fault} whose words tell the common mistakes apart
+ */
 export function readPem<T>(name: string, text: string | undefined, what: string, read: (text: string) => T): T {
   if (!text) throw new Fault(`${name} is not set`, "CHAT_KEY and CHAT_CERT go together");
   if (!text.includes("-----BEGIN ")) {
-    const path = /^[\w./~-]{1,200}$/.test(text) ? text : "FILE";
-    const hint = `export ${name}="$(cat ${path})"`;
-    throw new Fault(`${name} must hold the PEM text of a ${what}${path === text ? ", not its path" : ""}`, hint);
+    const path = /^[\w./~-]{1,200}$/.exec(text)?.[0];
+    const hint = `export ${name}="$(cat ${path ?? "FILE"})"`;
+    throw new Fault(`${name} must hold the PEM text of a ${what}${path ? ", not its path" : ""}`, hint);
   }
   try {
     return read(text);
@@ -486,25 +566,23 @@ export function readPem<T>(name: string, text: string | undefined, what: string,
   }
 }
 
-/** In what way a certificate is outside its time, if it is. */
+/** Says how a certificate is outside its validity period; undefined if it is valid now. */
 export function outsideValidity({ validFrom, validTo }: crypto.X509Certificate): string | undefined {
   const day = (date: string) => new Date(date).toISOString().slice(0, 10);
-  if (now() > Date.parse(validTo)) return `expired on ${day(validTo)}`;
-  return now() < Date.parse(validFrom) ? `is not valid before ${day(validFrom)}` : undefined;
+  if (Date.now() > Date.parse(validTo)) return `expired on ${day(validTo)}`;
+  return Date.now() < Date.parse(validFrom) ? `is not valid before ${day(validFrom)}` : undefined;
 }
 
 const RECORD_OVERHEAD = 22; // bytes of a TLS 1.3 record besides its text: a header of 5, a type, a tag of 16
 
-/** A length in clear, and in TLS records, which hold up to 16 KiB each. */
+/** Says how long a text is, in clear and as TLS records, which hold up to 16 KiB each. */
 const recorded = (bytes: number) =>
   `${bytes} bytes, in TLS records ${bytes + RECORD_OVERHEAD * Math.max(1, Math.ceil(bytes / 16384))} (computed)`;
 
-/** What there is to know about a connection, in plain words. What the runtime does not tell is left out. */
-function facts(socket: tls.TLSSocket, certificate: crypto.X509Certificate | undefined): string[] {
+/** Describes a connection in plain words. What the runtime does not say is left out. */
+function describe(socket: tls.TLSSocket, certificate: crypto.X509Certificate | undefined): string[] {
   const group = (socket.getEphemeralKeyInfo() as { name?: string } | null)?.name;
-  const quantum = /MLKEM|KYBER/i.test(group ?? "")
-    ? "a quantum computer does not break it"
-    : "a quantum computer would break it";
+  const quantum = `a quantum computer ${/MLKEM|KYBER/i.test(group ?? "") ? "does not" : "would"} break it`;
   const about = [
     `TCP from ${socket.localAddress}:${socket.localPort} to ${socket.remoteAddress}:${socket.remotePort}`,
     `${socket.getProtocol()}, ${socket.getCipher()?.name}: encrypts, and tells if a byte was changed`,
@@ -513,14 +591,11 @@ function facts(socket: tls.TLSSocket, certificate: crypto.X509Certificate | unde
   ];
   if (certificate) {
     const { subject, issuer, validFrom, validTo, publicKey } = certificate;
-    const { asymmetricKeyType, asymmetricKeyDetails } = publicKey;
+    const { asymmetricKeyType, asymmetricKeyDetails: details } = publicKey;
+    const issuedBy = issuer === subject ? "itself" : clean(issuer);
     about.push(
-      `certificate of ${clean(subject)}, issued by ${
-        issuer === subject ? "itself" : clean(issuer)
-      }, from ${validFrom} to ${validTo}`,
-      `its key: ${asymmetricKeyType} ${
-        asymmetricKeyDetails?.namedCurve ?? asymmetricKeyDetails?.modulusLength ?? ""
-      }, pin ${pinOf(publicKey)}`,
+      `certificate of ${clean(subject)}, issued by ${issuedBy}, from ${validFrom} to ${validTo}`,
+      `its key: ${asymmetricKeyType} ${details?.namedCurve ?? details?.modulusLength ?? ""}, pin ${pinOf(publicKey)}`,
       `SHA-256 of its SubjectPublicKeyInfo: ${base64(sha256(spki(publicKey)))}`,
     );
   }
@@ -530,10 +605,9 @@ function facts(socket: tls.TLSSocket, certificate: crypto.X509Certificate | unde
 /* =====================================================================================================================
  * Accounts
  * An account is a nick with a password verifier: enough to check a password, not enough to log in. scrypt makes a
- * salted password, and that makes two keys (RFC 5802). The client proves that it has ClientKey and the server that it
- * has ServerKey, each over everything that was said, the server's certificate included: one in the middle has nothing
- * to pass on. By PLAIN, PASS and REGISTER the server is told the password itself, and does the scrypt. All roads end
- * in the same verifier.
+ * salted password, and that makes two keys (RFC 5802): the client proves that it has ClientKey, the server that it has
+ * ServerKey, each over the whole exchange and the server's certificate, so that a relay in the middle has nothing to
+ * pass on. With PLAIN, PASS and REGISTER the server gets the password itself and runs scrypt. All end in one verifier.
  * ================================================================================================================== */
 
 export interface Verifier {
@@ -549,13 +623,13 @@ export interface Keys {
   readonly serverKey: Buffer;
 }
 
-/** Makes the salted password: scrypt here, Hi() in RFC 5802. `cost` is the `i` on the wire. */
+/** Makes the salted password: scrypt here, Hi() in RFC 5802. `cost` is the attribute `i`. */
 export type Derivation = (password: string, salt: Buffer, cost: number) => Promise<Buffer>;
 
 export const COST = 2 ** 15; // N of scrypt; with r = 8 that is 32 MiB
 const [SALT_BYTES, KEY_BYTES] = [16, 32];
 
-/** scrypt (RFC 7914), off the event loop. */
+/** scrypt (RFC 7914), in the thread pool. */
 export const scrypt: Derivation = (password, salt, cost) =>
   new Promise((resolve, reject) => {
     const options = { N: cost, r: 8, p: 3, maxmem: 64 * 1024 * 1024 };
@@ -564,7 +638,7 @@ export const scrypt: Derivation = (password, salt, cost) =>
 
 const hmac = (key: Buffer, text: string) => crypto.createHmac("sha256", key).update(text).digest();
 
-/** Makes the keys of RFC 5802, 3, from a password, which is normalised to NFC. */
+/** Makes the keys of RFC 5802, section 3, from a password, which is normalised to NFC. */
 export async function deriveKeys(
   password: string,
   salt: Buffer = crypto.randomBytes(SALT_BYTES),
@@ -575,16 +649,17 @@ export async function deriveKeys(
   return { salt, clientKey: hmac(salted, "Client Key"), serverKey: hmac(salted, "Server Key") };
 }
 
+/** What a server keeps of a password's keys. */
 export function verifierOf({ salt, clientKey, serverKey }: Keys): Verifier {
   return { salt, storedKey: sha256(clientKey), serverKey };
 }
 
-/** A verifier as text, in the manner of PostgreSQL. */
+/** Formats a verifier as text, in the manner of PostgreSQL's `SCRAM-SHA-256$…`. */
 export function formatVerifier({ salt, storedKey, serverKey }: Verifier): string {
   return `SCRAM-SCRYPT$${COST}:${base64(salt)}$${base64(storedKey)}:${base64(serverKey)}`;
 }
 
-/** Reads a verifier: undefined if the text does not mean to be one, "bad" if it is not as all of them are. */
+/** Reads a verifier. @returns undefined if the text does not look like one, "bad" if it does and is not valid */
 export function readVerifier(text: string): Verifier | "bad" | undefined {
   if (!/^SCRAM-/i.test(text)) return undefined;
   const [salt, storedKey, serverKey] = text.split(/[$:]/).slice(2).map(fromBase64);
@@ -596,15 +671,16 @@ export function readVerifier(text: string): Verifier | "bad" | undefined {
 const attributes = (message: string): Partial<Record<string, string>> =>
   Object.fromEntries(message.split(",").map((part) => [part[0], part.slice(2)]));
 
-/** The gs2 header: bound to the channel, or like a client that cannot be. */
+/** The gs2 header: with channel binding, or of a client that does not support it. */
 const gs2 = (binding?: Buffer) => binding ? "p=tls-server-end-point,," : "n,,";
-const bound = (binding?: Buffer) => base64(Buffer.concat([Buffer.from(gs2(binding)), binding ?? Buffer.alloc(0)]));
+const boundTo = (binding?: Buffer) => base64(Buffer.concat([Buffer.from(gs2(binding)), binding ?? EMPTY]));
 const xor = (one: Buffer, other: Buffer) => Buffer.from(one.map((byte, at) => byte ^ (other[at] ?? 0)));
 const newNonce = () => base64(crypto.randomBytes(18));
 
 /**
- * The client's side of SCRAM (RFC 5802), of the -PLUS kind if there is a binding: yields what to send, is resumed with
- * what the server sent, and returns whether the server has proved that it knows the account.
+ * The client's side of SCRAM (RFC 5802), with channel binding if `binding` is given. It yields the messages to send and
+ * is resumed with the server's answers.
+ * @returns whether the server has proved that it knows the verifier
  */
 export async function* scramClient(
   name: string,
@@ -619,13 +695,17 @@ export async function* scramClient(
   const salt = fromBase64(s);
   if (!r.startsWith(nonce) || r === nonce || i !== String(cost) || salt.length !== SALT_BYTES) return false;
   const { clientKey, serverKey } = await keysFor(salt);
-  const withoutProof = `c=${bound(binding)},r=${r}`;
-  const all = `${bare},${challenge},${withoutProof}`;
-  const last = yield `${withoutProof},p=${base64(xor(clientKey, hmac(sha256(clientKey), all)))}`;
-  return last === `v=${base64(hmac(serverKey, all))}`;
+  const withoutProof = `c=${boundTo(binding)},r=${r}`;
+  const authMessage = `${bare},${challenge},${withoutProof}`;
+  const proof = xor(clientKey, hmac(sha256(clientKey), authMessage));
+  const answer = yield `${withoutProof},p=${base64(proof)}`;
+  return answer === `v=${base64(hmac(serverKey, authMessage))}`;
 }
 
-/** The server's side, likewise. What it returns is its own proof, `v=…`, or a refusal, `e=…` (RFC 5802, 7). */
+/**
+ * The server's side of SCRAM, likewise. Its first `next()` starts it.
+ * @returns its own proof, `v=…`, or an error, `e=…` (RFC 5802, section 7)
+ */
 export function* scramServer(
   find: (name: string) => Verifier | undefined,
   binding?: Buffer,
@@ -640,994 +720,52 @@ export function* scramServer(
   if (!verifier) return "e=unknown-user";
   const challenge = `r=${r}${nonce},s=${base64(verifier.salt)},i=${cost}`;
   const [, withoutProof = "", proof] = /^(.*),p=([^,]*)$/.exec(yield challenge) ?? [];
-  const all = `${bare},${challenge},${withoutProof}`;
-  const known = sha256(xor(hmac(verifier.storedKey, all), fromBase64(proof)));
+  const authMessage = `${bare},${challenge},${withoutProof}`;
+  const storedKey = sha256(xor(hmac(verifier.storedKey, authMessage), fromBase64(proof)));
   const { c, r: nonces } = attributes(withoutProof);
-  if (c !== bound(binding)) return "e=channel-bindings-dont-match";
-  if (nonces !== r + nonce || !crypto.timingSafeEqual(known, verifier.storedKey)) return "e=invalid-proof";
-  return `v=${base64(hmac(verifier.serverKey, all))}`;
+  if (c !== boundTo(binding)) return "e=channel-bindings-dont-match";
+  if (nonces !== r + nonce || !crypto.timingSafeEqual(storedKey, verifier.storedKey)) return "e=invalid-proof";
+  return `v=${base64(hmac(verifier.serverKey, authMessage))}`;
 }
 
-/** A message of a SASL exchange in the pieces that AUTHENTICATE takes (IRCv3 sasl-3.1). */
-function saslPieces(message: string): string[] {
-  const pieces = base64(Buffer.from(message)).match(/.{1,400}/g) ?? [];
-  return pieces.at(-1)?.length === 400 || !pieces.length ? [...pieces, "+"] : pieces;
+const SASL_CHUNK = 400; // characters of base64 in one AUTHENTICATE (IRCv3 sasl-3.1)
+
+/** Splits a SASL message into the parameters of AUTHENTICATE lines: the last one is shorter than a whole chunk. */
+function saslChunks(message: string): string[] {
+  const chunks = base64(Buffer.from(message)).match(/.{1,400}/g) ?? [];
+  return chunks.at(-1)?.length === SASL_CHUNK || !chunks.length ? [...chunks, "+"] : chunks;
 }
 
-/** What an account is to the map of accounts. */
+/** Puts a SASL message together again. */
+class SaslBuffer {
+  #received = "";
+  /** @returns the message when it is complete, undefined before, "too long" if it is longer than any may be */
+  push(chunk: string): { readonly message: string } | "too long" | undefined {
+    if (chunk.length > SASL_CHUNK || this.#received.length > 4_000) return "too long";
+    if (chunk !== "+") this.#received += chunk;
+    if (chunk.length === SASL_CHUNK) return undefined;
+    const message = fromBase64(this.#received).toString();
+    this.#received = "";
+    return { message };
+  }
+}
+
+/** What the map of accounts knows of an account. */
 export interface Account {
   nick: string; // as its owner writes it
   verifier: Verifier;
-  readonly networks: Set<string>; // where it was logged in from, the latest last
+  readonly networks: Set<string>; // from which it has logged in, the latest last
 }
 
-/** Why there is no getting in. */
+/** A client that logs in or registers. It may have disconnected before a password is hashed. */
+export interface Visitor {
+  readonly address: string;
+  readonly closed: boolean;
+}
+
+/** Why a login or a registration is refused. */
 export type Refusal = "wrong" | "unknown" | "exists" | "bad nick" | "closed" | "barred" | "often";
 
-/** A SASL exchange on the server: yields challenges, is resumed with the answers, returns whose account it is. */
-export type Exchange<A> = AsyncGenerator<string, { account?: A; refusal?: Refusal; last?: string }, string>;
-
-/** The accounts, in memory, and what keeps people from guessing passwords and from hoarding nicks. */
-export class Accounts<A extends Account> {
-  closed = false; // to all nicks but those that the operator admits
-  readonly admitted = new Set<string>();
-  readonly barred = new Set<string>(); // nicks that the operator keeps out
-  readonly all = new Map<string, A>(); // by folded nick
-  readonly #make: (nick: string, verifier: Verifier, visitor: Visitor) => A;
-  readonly #perAddress: number;
-  readonly #tries = new Counter(600_000);
-  readonly #births = new Counter(3_600_000);
-  readonly #queue = new FairQueue();
-  /** `perAddress` is how many may be connected from an address. */
-  constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0) {
-    this.#make = make;
-    this.#perAddress = perAddress;
-  }
-
-  find(nick: string): A | undefined {
-    return this.all.get(fold(nick));
-  }
-
-  /** Makes an account, with a password or with a verifier that was made elsewhere. */
-  async register(nick: string, secret: string | Verifier, visitor: Visitor): Promise<A | Refusal> {
-    const { address } = visitor;
-    if (!isNick(nick)) return "bad nick";
-    const objection = this.#objection(nick);
-    if (objection) return objection;
-    if (!isLoopback(address) && !this.#births.take(networkOf(address), LIMITS.newAccounts)) return "often";
-    const keys = typeof secret === "string"
-      ? await this.#queue.run("registration", visitor, () => deriveKeys(secret))
-      : undefined;
-    const verifier = keys ? verifierOf(keys) : secret;
-    if (typeof verifier === "string") return "often";
-    const later = this.#objection(nick); // somebody may have been faster
-    if (later) return later;
-    const account = this.#make(nick, verifier, visitor);
-    this.all.set(fold(nick), account);
-    return account;
-  }
-  #objection(nick: string): Refusal | undefined {
-    const key = fold(nick);
-    if (this.barred.has(key)) return "barred";
-    if (this.all.has(key)) return "exists";
-    if (this.closed && !this.admitted.has(key)) return "closed";
-    return this.all.size < LIMITS.accounts ? undefined : "often";
-  }
-
-  /** Logs in by a password. */
-  async login(nick: string, password: string, visitor: Visitor): Promise<A | Refusal> {
-    const account = this.find(nick);
-    if (!account) return "unknown";
-    const refusal = this.#attempt(account, visitor.address);
-    if (refusal) return refusal;
-    const keys = await this.#queue.run("login", visitor, () => deriveKeys(password, account.verifier.salt));
-    if (!keys) return "often";
-    const right = crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
-    return right ? this.#succeed(account, visitor.address) : "wrong";
-  }
-
-  /** SASL PLAIN (RFC 4616). */
-  async *plain(visitor: Visitor): Exchange<A> {
-    const [as = "", nick = "", password = ""] = (yield "").split("\0");
-    if (!password || (as && fold(as) !== fold(nick))) return { refusal: "wrong" };
-    const result = await this.login(nick, password, visitor);
-    return typeof result === "string" ? { refusal: result } : { account: result };
-  }
-
-  /** SASL SCRAM-SCRYPT-PLUS. */
-  async *scram({ address }: Visitor, binding: Buffer): Exchange<A> {
-    let account: A | undefined;
-    const server = scramServer((name) => (account = this.find(name))?.verifier, binding);
-    server.next();
-    const first = server.next(yield "").value;
-    if (!account) return { refusal: first === "e=unknown-user" ? "unknown" : "wrong", last: first };
-    const answer = yield first;
-    const refusal = this.#attempt(account, address);
-    if (refusal) return { refusal };
-    const last = server.next(answer).value;
-    if (last.startsWith("e=")) return { refusal: "wrong", last };
-    yield last;
-    return { account: this.#succeed(account, address) };
-  }
-
-  /** Counts an attempt, before it is answered. Strangers cannot use up the attempts of those who were in. */
-  #attempt(account: A, address: string): Refusal | undefined {
-    if (this.barred.has(fold(account.nick))) return "barred";
-    return this.#counts(account, address).every(([key, limit]) => this.#tries.take(key, limit)) ? undefined : "often";
-  }
-
-  /** The attempt that was counted is a good one. */
-  #succeed(account: A, address: string): A {
-    for (const [key] of this.#counts(account, address)) this.#tries.giveBack(key);
-    const { networks } = account;
-    networks.delete(networkOf(address));
-    networks.add(networkOf(address));
-    const [oldest = ""] = networks;
-    if (networks.size > 16) networks.delete(oldest);
-    return account;
-  }
-
-  #counts({ nick, networks }: A, address: string): (readonly [string, number])[] {
-    const [name, network] = [fold(nick), networkOf(address)];
-    const perAddress = LIMITS.triesPerAddress + this.#perAddress;
-    const stranger = networks.has(network) ? [] : [[`${name} *`, LIMITS.triesOfStrangers] as const];
-    return [[`${name} ${network}`, LIMITS.triesPerAccount], [network, perAddress], ...stranger];
-  }
-}
-/* =====================================================================================================================
- * Rooms
- * Whatever happens in a room, or in the talk of two people, is an event. Appending it to the log gives it an id and a
- * time. Delivery, history and catching up are readings of that log.
- * ================================================================================================================== */
-
-export interface Event {
-  readonly number: number; // rising over the whole server
-  readonly time: number; // in milliseconds; never before that of an earlier event, whatever the clock does
-  readonly kind: "PRIVMSG" | "NOTICE" | "TAGMSG" | "JOIN" | "PART" | "QUIT" | "TOPIC";
-  readonly nick: string; // whose doing it is: a member's, or the server's
-  readonly target: string; // a room, or the nick that a private message is for
-  readonly text: string; // a message, a reason, a topic; of a JOIN the real name
-  readonly tags: readonly Tag[]; // the client-only tags of a message
-}
-
-/** A place in a log: that of an event, or of a moment. */
-export interface Place {
-  readonly time: number;
-  readonly number?: number;
-}
-
-/** Whether an event is before (< 0), at or behind (> 0) a place. */
-const compare = (event: Event, place: Place) =>
-  place.number === undefined ? event.time - place.time : event.number - place.number;
-const byNumber = (one: Event, other: Event) => one.number - other.number;
-const isMessage = ({ kind }: Event) => kind === "PRIVMSG" || kind === "NOTICE" || kind === "TAGMSG";
-/** How many events at the beginning of a list fulfil a condition that no later one does. */
-function leading(list: readonly Event[], fulfils: (event: Event) => boolean): number {
-  let [low, high] = [0, list.length];
-  while (low < high) {
-    const [middle, event] = [(low + high) >> 1, list[(low + high) >> 1]];
-    if (event && fulfils(event)) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-/** Roughly what an event costs, with its share of everything around it. */
-const sizeOf = ({ text, tags }: Event) =>
-  500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
-
-/** The events of a room or of a talk. */
-export class Log {
-  readonly messages: Event[] = [];
-  readonly presence: Event[] = []; // joins, parts, topics
-  readonly emptied: () => void; // called when nothing is left in it
-  constructor(emptied: () => void = () => {}) {
-    this.emptied = emptied;
-  }
-  /** At most `limit` events between two places, the first or the last of them, oldest first. */
-  read(end: "first" | "last", limit: number, presence: boolean, after?: Place, before?: Place): readonly Event[] {
-    const part = (list: readonly Event[]) => {
-      const from = after ? leading(list, (event) => compare(event, after) <= 0) : 0;
-      const to = before ? leading(list, (event) => compare(event, before) < 0) : list.length;
-      return end === "first"
-        ? list.slice(from, Math.min(to, from + limit))
-        : list.slice(Math.max(from, to - limit), to);
-    };
-    const found = presence ? [...part(this.messages), ...part(this.presence)].sort(byNumber) : part(this.messages);
-    return end === "first" ? found.slice(0, limit) : found.slice(Math.max(0, found.length - limit));
-  }
-}
-
-/** All the logs of a server: numbers their events, and keeps them within their limits. */
-export class History {
-  readonly #capacity: number; // messages kept in a log
-  readonly #logs = new Set<Log>(); // the one longest without a message first
-  #last = { number: 0, time: 0 };
-  #bytes = 0;
-  constructor(capacity: number) {
-    this.#capacity = capacity;
-  }
-  /** Makes an event and appends it to the log; a TAGMSG is delivered only. */
-  record(log: Log, happened: Omit<Event, "number" | "time">): Event {
-    this.#last = { number: this.#last.number + 1, time: Math.max(this.#last.time, now()) };
-    const event = { ...this.#last, ...happened };
-    if (event.kind === "TAGMSG") return event;
-    if (isMessage(event)) this.#logs.delete(log);
-    this.#logs.add(log);
-    const [list, capacity] = isMessage(event) ? [log.messages, this.#capacity] : [log.presence, LIMITS.presence];
-    list.push(event);
-    this.#bytes += sizeOf(event);
-    if (list.length > capacity) this.#drop(list);
-    for (const oldest of this.#logs) {
-      while (this.#bytes > LIMITS.historyBytes && this.#logs.has(oldest)) this.#trim(oldest);
-      if (this.#bytes <= LIMITS.historyBytes) break;
-    }
-    return event;
-  }
-  forget(log: Log): void {
-    for (const list of [log.messages, log.presence]) {
-      for (const event of list.splice(0)) this.#bytes -= sizeOf(event);
-    }
-    if (this.#logs.delete(log)) log.emptied();
-  }
-  #trim(log: Log): void {
-    this.#drop(log.messages.length ? log.messages : log.presence);
-    if (!log.messages.length && !log.presence.length && this.#logs.delete(log)) log.emptied();
-  }
-  #drop(list: Event[]): void {
-    const oldest = list.shift();
-    if (oldest) this.#bytes -= sizeOf(oldest);
-  }
-}
-
-export class Room {
-  readonly name: string; // as first written
-  readonly log = new Log();
-  readonly members = new Set<Member>();
-  topic: Event | undefined;
-  emptySince = now();
-  constructor(name: string) {
-    this.name = name;
-  }
-}
-
-/** Somebody with an account, and all the sessions that are logged in to it. */
-export class Member implements Account {
-  nick: string;
-  verifier: Verifier;
-  readonly networks = new Set<string>();
-  readonly sessions = new Set<Session>();
-  readonly rooms = new Set<Room>();
-  readonly talks = new Map<Member, Log>(); // the logs of private talks, by the other
-  readonly done = new Map<string, number>(); // see `isDone`
-  readonly pace: Pace = { until: 0 };
-  present = false; // others see it; for LIMITS.lingerMs without a session too
-  leftAt = now(); // when the last session ended
-  reachedAt = now(); // up to then it has read for sure: what was said since is told on return, rather twice than never
-  realName = "";
-  away = ""; // the message; empty if it is not away
-  constructor(nick: string, verifier: Verifier) {
-    this.nick = nick;
-    this.verifier = verifier;
-  }
-  /** The log of the talk with somebody. */
-  talkWith(other: Member): Log {
-    const found = this.talks.get(other);
-    if (found) return found;
-    const log = new Log(() => this.talks.delete(other) && other.talks.delete(this));
-    this.talks.set(other, log);
-    other.talks.set(this, log);
-    return log;
-  }
-}
-
-/** How far the lines of a member are paid for in time: each costs 1/rate of a second. */
-interface Pace {
-  until: number;
-}
-/* =====================================================================================================================
- * Server
- * A session is handed bytes and a peer to send bytes to; nothing here knows of sockets but `serve`, at the end. Each
- * line runs its row in the table of commands. An event is encoded once for all sessions with the same capabilities, who
- * share the bytes. What a session is owed gathers in its queue: answers are written in the same turn of the event loop,
- * what others say waits for company, up to 100 ms where many read, since a write costs more than what is in it.
- * ================================================================================================================== */
-
-/** The other end of a session's connection. */
-export interface Peer {
-  readonly address: string;
-  write(bytes: Buffer): boolean; // false if nothing more should be written until `Session.drained` is called
-  pending(): number; // bytes that were written and that nobody has taken yet
-  read(flowing: boolean): void; // whether to hand over what comes in
-  end(atOnce: boolean): void; // closes, when everything is written or at once
-}
-
-/** What `serve` and `Server` may be told, and what they go by if they are not. */
-const DEFAULTS = {
-  room: "#chat", // where everybody lands
-  topic: "", // of that room
-  name: "chat", // of the network
-  history: 1000, // messages kept in a room
-  maxClients: 1000, // connections at once
-  perAddress: 100, // of them, from one address
-  rate: 10, // lines a second that a member may send, and five times that in a burst; 0 lifts it
-  warning: "", // something to tell everybody who enters
-  binding: Buffer.alloc(0) as Buffer, // what SCRAM binds a login to, see Identity
-  log: (_line: string): void => {}, // takes the lines of the log
-  explain: undefined as ((line: string) => void) | undefined, // takes what happens on the wire
-};
-export type ServerOptions = Partial<typeof DEFAULTS>;
-
-const SERVER = "chat.server";
-const ONCE = "chat.local/once";
-const REGISTRATION = "draft/account-registration";
-
-/** The capabilities by their bits. Which form an event takes depends on the first four. */
-const CAP = {
-  "message-tags": 1,
-  "server-time": 2,
-  "account-tag": 4,
-  "extended-join": 8,
-  "echo-message": 16,
-  "batch": 32,
-  "labeled-response": 64,
-  "away-notify": 128,
-  "standard-replies": 256,
-  "cap-notify": 512,
-  "sasl": 1024,
-  "draft/chathistory": 2048,
-  "draft/event-playback": 4096,
-  [REGISTRATION]: 8192,
-} as const;
-type Cap = keyof typeof CAP;
-const FORM = 15;
-
-/** Where something comes from. Members have no address here, and only the server's name has a dot. */
-const source = (nick: string) => nick === SERVER ? SERVER : `${nick}!${nick}@chat`;
-const toLine = (body: string, tags: readonly Tag[] = []) => `${format(body, [], "", tags)}\r\n`;
-const toBytes = (body: string, tags?: readonly Tag[]) => Buffer.from(toLine(body, tags));
-
-/** The form that an event takes for sessions with these capabilities. */
-function encode({ kind, nick, target, text, ...event }: Event, caps: number): { body: string; tags: Tag[] } {
-  const tags: Tag[] = [];
-  if (caps & CAP["server-time"]) tags.push(["time", new Date(event.time).toISOString()]);
-  if (caps & CAP["message-tags"]) tags.push(["msgid", `${event.time}-${event.number}`], ...event.tags);
-  if (caps & CAP["account-tag"] && nick !== SERVER) tags.push(["account", nick]);
-  let params = [target, text];
-  if (kind === "QUIT") params = [text];
-  else if (kind === "JOIN") params = caps & CAP["extended-join"] ? [target, nick, text] : [target];
-  else if (kind === "TAGMSG" || (kind === "PART" && !text)) params = [target];
-  return { body: cut(format(kind, params, source(nick)), LIMITS.bodyBytes - 2), tags };
-}
-
-/** A connection, from its first byte on. */
-export class Session {
-  readonly server: Server;
-  readonly address: string;
-  readonly network: string;
-  readonly since = now();
-  active = now(); // when it last did something of its own accord
-  askedAt = 0; // when a PING was sent that it has not answered yet
-  told = false; // a private message was sent to it since
-  closed = false;
-  caps = 0; // the capabilities that it asked for
-  negotiating = false; // between CAP LS or REQ, and CAP END
-  wish = ""; // what NICK asked for; the account decides
-  realName: string | undefined; // what USER gave
-  password = ""; // what PASS gave, until it is tried
-  mechanism = ""; // that of SASL which it tried last, or PASS if that let it in
-  exchange: Exchange<Member> | undefined; // of SASL
-  received = ""; // the first pieces of a message of that
-  wrongPasswords = 0;
-  member: Member | undefined; // who it is, once it has logged in
-  welcome = false; // it was let in, too
-  pace: Pace = { until: 0 }; // its own before, the member's afterwards
-
-  readonly #peer: Peer;
-  readonly #splitter = new Splitter();
-  #queue: Buffer[] = []; // what it is owed; others may be owed the same buffers
-  #queued = 0;
-  #written = 0;
-  #said = ""; // the answers that come after those; they will be written in this turn
-  #blocked = false; // the peer takes no more for now
-  #busy = false; // a command is running that takes its time
-  #ended = false; // no more bytes will come
-  readonly #silent = { bytes: 0, until: 0 }; // what came without text, and when that will be within its rate
-  quietSince = now(); // since then nothing came of it, and nothing that had come was executed
-  #timer: ReturnType<typeof setTimeout> | undefined;
-  #label: Tag[] = []; // what the answers to the line that is being executed must carry
-  #answers: { body: string; tags: readonly Tag[] }[] | undefined; // these answers, if they must
-  constructor(server: Server, peer: Peer) {
-    this.server = server;
-    this.address = peer.address;
-    this.network = networkOf(peer.address);
-    this.#peer = peer;
-  }
-  has(cap: Cap): boolean {
-    return (this.caps & CAP[cap]) !== 0;
-  }
-  get nick(): string {
-    return this.member?.nick || this.wish || "*";
-  }
-  get owed(): number {
-    return this.#queued + this.#said.length + this.#peer.pending();
-  }
-
-  /** For how long nothing came of it, in ms; not while something that came waits to be executed. */
-  get silentMs(): number {
-    return this.#busy || this.#timer ? 0 : now() - this.quietSince;
-  }
-  /** How long it has to wait until it is within its pace again, in ms. */
-  get early(): number {
-    return Math.max(0, this.pace.until - performance.now() - LIMITS.burstMs);
-  }
-  /** Whether it does all the time more than its pace allows. */
-  get floods(): boolean {
-    return this.pace.until - performance.now() > LIMITS.burstMs / 2;
-  }
-  get rate(): number {
-    return this.member ? this.server.options.rate : LIMITS.loginRate;
-  }
-  /** Counts what it did against its rate: in ms, and in units. */
-  charge(ms: number, units = 0): void {
-    const { rate } = this;
-    if (rate) this.pace.until = Math.max(this.pace.until, performance.now()) + ms + units * 1000 / rate;
-  }
-  /** Whether it is further over its rate than slow reading can mend. */
-  get excessive(): boolean {
-    return this.early * this.rate / 1000 > (this.member ? LIMITS.debt : 0);
-  }
-
-  /** Takes bytes from the peer. They are charged here, whatever comes of them. */
-  receive(chunk: Buffer): void {
-    if (this.closed) return;
-    this.charge(0, LIMITS.chunkUnits + chunk.length / LIMITS.unitBytes);
-    this.#splitter.push(chunk);
-    if (this.excessive || this.#splitter.size > LIMITS.inputBytes) this.#closeForFlood();
-    else this.#goOn();
-  }
-  /**
-   * Takes how many bytes have come on the socket without bringing text, since the connection began. A record of which
-   * only a part has come is among them until the rest is there: then the number falls again.
-   */
-  countSilent(bytes: number): void {
-    const perMs = LIMITS.silentBytes / 1000;
-    const at = performance.now();
-    this.#silent.until = Math.max(at, Math.max(at, this.#silent.until) + (bytes - this.#silent.bytes) / perMs);
-    this.#silent.bytes = bytes;
-    if (this.#silent.until - at > LIMITS.silentBurst / perMs && !this.closed) this.#closeForFlood(true);
-  }
-  /** Closes the connection, and reads nothing more of it meanwhile. */
-  #closeForFlood(atOnce = false): void {
-    if (!this.member) this.server.failed(this.address, "a connection was closed", "excess flood");
-    this.#peer.read(false);
-    this.close("Excess flood", atOnce);
-  }
-  /** Asks whether it is there. When it answers, it has read all that was sent to it until now. */
-  ask(): void {
-    this.askedAt = now();
-    this.told = false;
-    this.send(toBytes(format("PING", [SERVER])));
-  }
-  /** It has answered. */
-  pong(): void {
-    if (this.member && this.askedAt) this.member.reachedAt = Math.max(this.member.reachedAt, this.askedAt);
-    this.askedAt = 0;
-  }
-  /** The peer will send nothing more. The lines that are there are executed nevertheless. */
-  ended(): void {
-    this.#ended = true;
-    this.#goOn();
-  }
-  /** Executes lines, unless they wait for their time to come. */
-  #goOn(): void {
-    this.quietSince = now();
-    if (!this.#timer) this.#run();
-  }
-  /** Executes the lines that are there, until one has to wait; then nothing more is read meanwhile. */
-  #run(): void {
-    const began = performance.now();
-    while (!this.closed) {
-      if (this.excessive) return this.#closeForFlood();
-      const [at, { early }] = [performance.now(), this];
-      const late = at - began > LIMITS.turnMs && this.#splitter.size > 0;
-      if (this.#busy || this.owed > LIMITS.owedBytes / 4 || early || late) {
-        if (early || late) this.#timer = setTimeout(() => this.#resume(), early || 1);
-        return this.#peer.read(false);
-      }
-      const split = this.#splitter.next();
-      if (!split) return this.#ended ? this.lost("Connection closed", false) : this.#peer.read(true);
-      this.charge(0, 1);
-      void this.#execute(split);
-      const took = Math.min(performance.now() - at, LIMITS.workMs);
-      if (this.member) this.charge(took * Math.min(LIMITS.workFactor, 1000 / this.server.options.rate));
-    }
-  }
-  #resume(): void {
-    this.#timer = undefined;
-    this.#goOn();
-  }
-
-  /** Executes a line. This is the one place where an error in handling a session ends that session, and nothing else. */
-  async #execute({ text = "", fault }: { text?: string; fault?: string }): Promise<void> {
-    try {
-      const line = parse(text);
-      if (line.command !== "PING" && line.command !== "PONG") this.active = now();
-      const [label, once] = [line.tags.get("label"), line.tags.get(ONCE)];
-      this.#label = label && label.length <= 64 && this.has("labeled-response") ? [["label", label]] : [];
-      if (once && this.welcome) this.#label.push([ONCE, once]);
-      this.#answers = this.#label.length ? [] : undefined;
-      if (fault === "NUL") return this.close("That is not text");
-      if (fault === "too long") return this.numeric("417", "Input line was too long");
-      if (fault) return this.reply("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is taken here; the line was dropped");
-      const running = this.server.execute(this, line);
-      this.#busy = running !== undefined;
-      if (running) await running;
-      this.#answered();
-    } catch (error) {
-      const trace = error instanceof Error ? error.stack ?? error.message : String(error);
-      this.server.options.log(`error in the session of ${this.nick}: ${trace.replace(/\s*\n\s*/g, " | ")}`);
-      this.close("Internal error");
-    }
-    if (!this.#busy) return;
-    this.#busy = false;
-    this.#goOn();
-  }
-
-  /** Sends the answers to a labelled line: none is an ACK, one carries the label, several are a batch that does. */
-  #answered(): void {
-    let [answers, label] = [this.#answers, this.#label];
-    this.#answers = undefined;
-    if (!answers) return;
-    if (!answers.length) answers = [{ body: `:${SERVER} ACK`, tags: [] }];
-    else if (answers.length > 1 && label[0]?.[0] === "label" && !answers[0]?.body.startsWith(`:${SERVER} BATCH`)) {
-      const all = answers;
-      answers = this.#answers = [];
-      this.batch(["labeled-response"], (tags) => all.forEach((one) => this.answer(one.body, [...tags, ...one.tags])));
-      this.#answers = undefined;
-    }
-    for (const { body, tags } of answers) {
-      this.#say(body, [...label, ...tags]);
-      label = [];
-    }
-  }
-
-  /** Answers the line that is being executed: with any line, one of the server's, a numeric, an event, a batch. */
-  answer(line: string, tags: readonly Tag[] = []): void {
-    const body = cut(line, LIMITS.bodyBytes - 2);
-    if (this.#answers) this.#answers.push({ body, tags });
-    else this.#say(body, tags);
-  }
-  reply(command: string, ...params: readonly string[]): void {
-    const word = (param: string) => param.replace(/^:+| .*/gs, "") || "*"; // what a client sent may be none
-    this.answer(format(command, params.map((param, at) => at < params.length - 1 ? word(param) : param), SERVER));
-  }
-  numeric(code: string, ...params: readonly string[]): void {
-    this.reply(code, this.nick, ...params);
-  }
-  tell(event: Event, extra: readonly Tag[] = []): void {
-    const { body, tags } = encode(event, this.caps);
-    this.answer(body, [...extra, ...tags]);
-  }
-  batch(type: readonly string[], tell: (tags: readonly Tag[]) => void): void {
-    if (!this.has("batch")) return tell([]);
-    const name = this.server.batchName();
-    this.reply("BATCH", `+${name}`, ...type);
-    tell([["batch", name]]);
-    this.reply("BATCH", `-${name}`);
-  }
-
-  /** Sends what others say; who lets too much of it pile up goes. */
-  send(bytes: Buffer): void {
-    if (this.closed) return;
-    if (this.#said) this.#queueAnswers();
-    if (this.#queue.push(bytes) === 1) this.server.owes(this);
-    this.#queued += bytes.length;
-    if (this.#blocked && this.owed > LIMITS.owedBytes) setImmediate(() => this.close("Not reading", true));
-  }
-  /** Sends an answer: it is written in this turn of the event loop, and so is what waited before it. */
-  #say(body: string, tags: readonly Tag[] = []): void {
-    if (this.closed) return;
-    if (!this.#said) setImmediate(() => this.flush());
-    this.#said += toLine(body, tags);
-  }
-  #queueAnswers(): void {
-    const bytes = Buffer.from(this.#said);
-    this.#said = "";
-    this.#queue.push(bytes);
-    this.#queued += bytes.length;
-  }
-  /** Writes what it is owed, unless its peer is not ready for it. */
-  flush(): void {
-    if (this.#blocked) return;
-    if (this.#said) this.#queueAnswers();
-    if (this.#queue.length === 0) return;
-    const bytes = this.#next(this.#written < LIMITS.newcomerBytes ? LIMITS.pieceBytes : LIMITS.writeBytes);
-    this.#queued -= bytes.length;
-    this.#written += bytes.length;
-    this.#blocked = !this.#peer.write(bytes);
-    if (this.#blocked) return;
-    if (this.#queue.length > 0) setImmediate(() => this.flush());
-    if (this.#splitter.size > 0 && !this.#timer) this.#run(); // its lines may have waited for this
-  }
-  /** Takes from the queue what is to be written at once: all of it, if it is closed. */
-  #next(most: number): Buffer {
-    const [first = NOTHING] = this.#queue;
-    if (first.length > most && !this.closed) {
-      this.#queue[0] = first.subarray(most);
-      return first.subarray(0, most);
-    }
-    let [count, size] = [1, first.length];
-    for (; count < this.#queue.length; count++) {
-      size += this.#queue[count]?.length ?? 0;
-      if (size > most && !this.closed) break;
-    }
-    return this.server.joined(this.#queue.splice(0, count));
-  }
-  /** The peer is ready for more. */
-  drained(): void {
-    this.#blocked = false;
-    this.flush();
-    this.#goOn();
-  }
-
-  /** Closes the connection and says why; `atOnce` if that would not be read either. */
-  close(reason: string, atOnce = false): void {
-    if (this.closed) return;
-    this.#answered();
-    this.#say(format("ERROR", [reason]));
-    this.#end(reason, true, atOnce);
-  }
-  /** The connection is lost, or over when everything is written. It may be taken up again. */
-  lost(reason: string, atOnce = true): void {
-    if (!this.closed) this.#end(reason, false, atOnce);
-  }
-  #end(reason: string, closed: boolean, atOnce: boolean): void {
-    this.closed = true;
-    clearTimeout(this.#timer);
-    this.server.left(this, reason, closed);
-    this.#blocked = false;
-    if (closed || !atOnce) this.flush();
-    this.#peer.end(atOnce);
-  }
-}
-
-/** Who is there, which rooms there are, and who gets what. */
-export class Server {
-  readonly options: typeof DEFAULTS;
-  readonly started = new Date();
-  readonly accounts: Accounts<Member>;
-  readonly history: History;
-  readonly rooms = new Map<string, Room>(); // by folded name
-  readonly sessions = new Set<Session>();
-  readonly lobby: Room; // where everybody lands
-  readonly #empty = { silent: new Set<Room>(), spoken: new Set<Room>() }; // the other rooms, the longest empty first
-  #owing: Session[] = []; // who has something in the queue
-  #gathered = 0; // events that wait in the queues
-  #flushedAt = 0;
-  #calm = false; // something waits that was not said by one who floods
-  #calmAt = 0; // when such a thing was written
-  #timer: ReturnType<typeof setTimeout> | undefined;
-  #joined: { of: readonly Buffer[]; bytes: Buffer } = { of: [], bytes: Buffer.alloc(0) };
-  #batches = 0;
-  #sweptAt = now();
-  readonly #failures = new Counter(60_000);
-  constructor(options: ServerOptions = {}) {
-    const { log = DEFAULTS.log } = options;
-    this.options = { ...DEFAULTS, ...options, log: (line) => log(clean(cut(line, 1000))) }; // a terminal may show it
-    const register = (nick: string, verifier: Verifier, { address }: Visitor) => {
-      this.options.log(`${nick} registered from ${address}`);
-      return new Member(nick, verifier);
-    };
-    this.accounts = new Accounts(register, this.options.perAddress);
-    this.history = new History(this.options.history);
-    this.lobby = this.openRoom(this.options.room);
-    if (options.topic) this.lobby.topic = this.happens(this.lobby, "TOPIC", SERVER, options.topic);
-  }
-
-  /** A peer has connected. Its session is closed at once if there are too many. */
-  open(peer: Peer): Session {
-    const session = new Session(this, peer);
-    this.sessions.add(session);
-    let [here, strangers] = [0, 0];
-    for (const { network, welcome } of this.sessions) {
-      if (network === session.network) here++;
-      if (!welcome) strangers++;
-    }
-    if (this.sessions.size > this.options.maxClients) session.close("The server is full");
-    else if (here > this.options.perAddress) session.close("Too many connections from your address");
-    else if (strangers > this.mostStrangers) session.close("Too many connections are just logging in");
-    return session;
-  }
-
-  get mostStrangers(): number {
-    return Math.max(LIMITS.strangers, this.options.maxClients / 2);
-  }
-
-  // ---- Delivery
-
-  owes(session: Session): void {
-    if (this.#owing.push(session) === 1) setImmediate(() => this.#settle());
-  }
-  /**
-   * Writes what sessions are owed, unless many were written to a moment ago: what is said within the moment shares a
-   * write, which is most of what a delivery costs. It is the longer the more they are, and too short to be seen. What
-   * flooders say makes nobody else wait: it is written at its own moments, or with what the others say.
-   */
-  #settle(): void {
-    const moment = Math.min(LIMITS.gatherMs, this.#owing.length / 4);
-    const wait = (this.#calm ? this.#calmAt : this.#flushedAt) + moment - performance.now();
-    clearTimeout(this.#timer);
-    if (wait > 0 && this.#gathered < LIMITS.gathered) this.#timer = setTimeout(() => this.flush(), wait);
-    else this.flush();
-  }
-  flush(): void {
-    clearTimeout(this.#timer);
-    this.#flushedAt = performance.now();
-    if (this.#calm) this.#calmAt = this.#flushedAt;
-    this.#calm = false;
-    this.#gathered = 0;
-    const owing = this.#owing;
-    this.#owing = [];
-    for (const session of owing) session.flush();
-    this.#joined = { of: [], bytes: Buffer.alloc(0) };
-  }
-  /** Joins the buffers of a queue. Sessions that are owed the same, one after the other, share the result. */
-  joined(queue: readonly Buffer[]): Buffer {
-    if (queue.length === 1 && queue[0]) return queue[0];
-    const { of } = this.#joined;
-    const same = of.length === queue.length && of.every((bytes, at) => bytes === queue[at]);
-    if (!same) this.#joined = { of: queue, bytes: Buffer.concat(queue) };
-    return this.#joined.bytes;
-  }
-  /** Delivers an event. Whose line caused it gets it as the answer, a message only if it asked for echoes. */
-  deliver(event: Event, members: Iterable<Member>, origin?: Session): void {
-    const calm = !origin?.floods;
-    if (calm && !this.#calm && this.#owing.length) setImmediate(() => this.#settle()); // it need not wait as long
-    this.#calm ||= calm;
-    if (++this.#gathered === LIMITS.gathered) setImmediate(() => this.flush());
-    const forms: Buffer[] = [];
-    const form = (caps: number) => {
-      const { body, tags } = encode(event, caps);
-      return toBytes(body, tags);
-    };
-    for (const { sessions } of members) {
-      for (const session of sessions) {
-        if (event.kind === "TAGMSG" && !session.has("message-tags")) continue;
-        if (session !== origin) session.send(forms[session.caps & FORM] ??= form(session.caps));
-        else if (!isMessage(event) || session.has("echo-message")) session.tell(event);
-      }
-    }
-  }
-  /** Sends a line that is no event, to the sessions that have the capability for it. */
-  announce(body: string, members: Iterable<Member>, cap?: Cap): void {
-    const bytes = toBytes(body);
-    for (const { sessions } of members) {
-      for (const session of sessions) if (!cap || session.has(cap)) session.send(bytes);
-    }
-  }
-  batchName(): string {
-    return (++this.#batches).toString(36);
-  }
-
-  // ---- Rooms
-
-  openRoom(name: string): Room {
-    const room = new Room(name);
-    this.rooms.set(fold(name), room);
-    return room;
-  }
-  closeRoom(room: Room): void {
-    this.rooms.delete(fold(room.name));
-    this.#noLongerEmpty(room);
-    this.history.forget(room.log);
-  }
-  #noLongerEmpty(room: Room): void {
-    this.#empty.silent.delete(room);
-    this.#empty.spoken.delete(room);
-  }
-  /** The empty room that will be missed least: the longest empty one, but first those in which nothing was said. */
-  get dullest(): Room | undefined {
-    const [[silent], [spoken]] = [this.#empty.silent, this.#empty.spoken];
-    return silent ?? spoken;
-  }
-  /** Appends to a room's log what somebody did. */
-  happens(room: Room, kind: Event["kind"], nick: string, text: string, tags: readonly Tag[] = []): Event {
-    return this.history.record(room.log, { kind, nick, target: room.name, text, tags });
-  }
-  join(member: Member, room: Room, session: Session): void {
-    this.#noLongerEmpty(room);
-    room.members.add(member);
-    member.rooms.add(room);
-    this.deliver(this.happens(room, "JOIN", member.nick, member.realName), room.members, session);
-    for (const own of member.sessions) tellRoom(own, room);
-    if (member.away) this.announceAway(member, room.members);
-  }
-  part(member: Member, room: Room, reason: string, session: Session): void {
-    this.deliver(this.happens(room, "PART", member.nick, reason), room.members, session);
-    this.#remove(member, room);
-  }
-  #remove(member: Member, room: Room): void {
-    room.members.delete(member);
-    member.rooms.delete(room);
-    if (room.members.size > 0 || room === this.lobby) return;
-    room.emptySince = now();
-    this.#empty[room.log.messages.length ? "spoken" : "silent"].add(room);
-  }
-  announceAway({ nick, away }: Member, members: Iterable<Member>): void {
-    this.announce(format("AWAY", away ? [away] : [], source(nick)), members, "away-notify");
-  }
-  /** The member, and everybody who is in a room with it. */
-  audience(member: Member): Set<Member> {
-    return new Set([member, ...[...member.rooms].flatMap((room) => [...room.members])]);
-  }
-  present(nick: string): Member | undefined {
-    const member = this.accounts.find(nick);
-    return member?.present ? member : undefined;
-  }
-
-  // ---- Coming and going
-
-  /** Lets a session in if everything is said that has to be, or says what is missing. */
-  complete(session: Session): void | Promise<void> {
-    const { member, wish, password } = session;
-    if (session.closed || session.welcome || session.negotiating || session.realName === undefined) return;
-    const { barred } = this.accounts; // the operator may have changed it since the login
-    if (member && (barred.has(fold(member.nick)) || this.accounts.find(member.nick) !== member)) {
-      return session.close(REFUSALS["barred"]);
-    }
-    if (member && !member.present && session.early) { // it came and went too often
-      return new Promise((later) => setTimeout(later, session.early)).then(() => this.complete(session));
-    }
-    if (member) return this.#letIn(session, member);
-    if (wish && password) return this.#passIn(session, wish, password);
-    if (!wish) return;
-    const text = "A password is needed here: it registers a free nick, or logs you in";
-    if (session.has("standard-replies")) session.reply("FAIL", "*", "ACCOUNT_REQUIRED_TO_CONNECT", text);
-    session.numeric("464", text);
-    session.reply(
-      "NOTICE",
-      wish,
-      "Set a server password in your client, or log in by SASL; or type /quote PASS password",
-    );
-  }
-  /** PASS logs in; or it registers the nick, if that is free. */
-  async #passIn(session: Session, nick: string, password: string): Promise<void> {
-    session.password = "";
-    let result = await this.accounts.login(nick, password, session);
-    const fresh = result === "unknown" && !session.mechanism;
-    if (fresh) result = await this.accounts.register(nick, password, session);
-    if (session.closed) return;
-    if (typeof result === "string") {
-      session.numeric("464", REFUSALS[result]);
-      return this.refuse(session, nick, result);
-    }
-    session.mechanism = "PASS";
-    this.admit(session, result);
-    if (fresh) session.reply("NOTICE", result.nick, `${result.nick} is registered now, with this password`);
-    return this.complete(session);
-  }
-  /** A session has shown who it is. */
-  admit(session: Session, member: Member): void {
-    session.member = member;
-    session.pace = member.pace;
-    this.options.log(`${member.nick} logged in from ${session.address}`);
-  }
-  /** Somebody was not let in; too many wrong passwords end the connection. */
-  refuse(session: Session, nick: string, why: Refusal): void {
-    if (why !== "unknown") this.failed(session.address, `${nick} was refused`, REFUSALS[why].toLowerCase());
-    if (why === "wrong" && ++session.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
-  }
-  /** Logs what a stranger did not manage, unless its network fills the log with that. */
-  failed(address: string, what: string, why: string): void {
-    if (this.#failures.take(networkOf(address), LIMITS.failures)) this.options.log(`${what} from ${address}: ${why}`);
-  }
-  #letIn(session: Session, member: Member): void {
-    const since = { time: member.reachedAt - 1 };
-    const missed = [...member.talks.values()].flatMap((log) => log.read("last", LIMITS.missed, false, since))
-      .sort(byNumber);
-    member.sessions.add(session);
-    member.realName = session.realName || member.realName || member.nick;
-    const arrives = !member.present;
-    member.present = session.welcome = true;
-    greet(session);
-    for (const room of member.rooms) { // a further session, or one that takes up a lost connection
-      const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
-      session.answer(format("JOIN", params, source(member.nick)));
-      tellRoom(session, room);
-    }
-    if (arrives) {
-      session.charge(LIMITS.entryMs);
-      this.join(member, this.lobby, session);
-    }
-    if (this.options.warning) session.reply("NOTICE", member.nick, this.options.warning);
-    const toMe = missed.filter(({ target }) => fold(target) === fold(member.nick));
-    let bytes = 0; // the latest of them, as many as one can be owed; the others are in the history
-    const from = toMe.findLastIndex((event) => (bytes += sizeOf(event)) > LIMITS.owedBytes / 2) + 1;
-    for (const event of toMe.slice(Math.max(from, toMe.length - LIMITS.missed))) session.tell(event);
-    session.told = toMe.length > 0;
-  }
-
-  /** A session is over. With its last session a member leaves, or a little later if the connection was lost. */
-  left(session: Session, reason: string, closed: boolean): void {
-    this.sessions.delete(session);
-    const { member, address } = session;
-    if (member) this.options.log(`${member.nick} left from ${address}: ${reason}`);
-    if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
-    member.leftAt = now();
-    if (closed) this.#leave(member, reason);
-  }
-  #leave(member: Member, reason: string): void {
-    const audience = this.audience(member);
-    let event: Event | undefined;
-    for (const room of member.rooms) {
-      event = this.happens(room, "QUIT", member.nick, reason);
-      this.#remove(member, room);
-    }
-    member.present = false;
-    member.away = "";
-    if (event) this.deliver(event, audience);
-  }
-  /** Ends all the sessions of a member. */
-  kick(member: Member, reason: string): void {
-    for (const session of this.sessions) if (session.member === member) session.close(reason);
-    if (member.present) this.#leave(member, reason);
-  }
-  /** Deletes an account and its talks. */
-  forget(member: Member): void {
-    this.kick(member, "The account was deleted");
-    for (const log of member.talks.values()) this.history.forget(log);
-    this.accounts.all.delete(fold(member.nick));
-  }
-
-  /** Does what is due; to be called once a second. */
-  sweep(): void {
-    const late = now() - this.#sweptAt > LIMITS.lateMs; // the machine slept, or the clock was set: whoever was asked
-    this.#sweptAt = now(); // may have answered in the meantime
-    if (late) return;
-    for (const session of this.sessions) {
-      const [silent, age] = [session.silentMs, now() - session.since];
-      if (!session.welcome) {
-        if (silent > LIMITS.silenceMs || age > LIMITS.strangerMs) session.close("You did not log in in time");
-        continue;
-      }
-      const quiet = silent > LIMITS.pingMs;
-      if (quiet ? session.askedAt <= session.quietSince : session.told && !session.askedAt) session.ask();
-      else if (quiet && now() - session.askedAt > LIMITS.pingMs) session.lost("Ping timeout");
-    }
-    for (const member of this.accounts.all.values()) {
-      const gone = member.present && !member.sessions.size && now() - member.leftAt > LIMITS.lingerMs;
-      if (gone) this.#leave(member, "Connection lost");
-    }
-    for (const room of [...this.#empty.silent, ...this.#empty.spoken]) {
-      if (now() - room.emptySince > LIMITS.roomIdleMs) this.closeRoom(room);
-    }
-  }
-
-  // ---- Commands
-
-  /** Runs a line's row in the table of commands, if the sender may. */
-  execute(session: Session, line: Line): void | Promise<void> {
-    const command = COMMANDS[line.command];
-    if (!line.command) return;
-    if (!session.welcome && line.params.at(-1)?.startsWith("HTTP/")) return session.close("This is IRC, not HTTP");
-    if (!session.welcome && !command?.early) return session.numeric("451", "You have not registered");
-    if (!command) return session.numeric("421", line.command, "Unknown command");
-    if (line.params.length < command.least) return session.numeric("461", line.command, "Not enough parameters");
-    if (!this.#isDone(session, line)) return command.run(session, line.params, line);
-  }
-  /** Whether a numbered line was executed before. If not, it is now. */
-  #isDone({ member }: Session, { tags }: Line): boolean {
-    const [, instance, digits] = /^([\w-]{1,32})-(\d{1,15})$/.exec(tags.get(ONCE) ?? "") ?? [];
-    if (!member || !instance) return false;
-    const { done } = member; // by client instance, the latest last: the highest number that was executed or refused
-    if (Number(digits) <= (done.get(instance) ?? 0)) return true;
-    done.delete(instance);
-    done.set(instance, Number(digits));
-    const [oldest = ""] = done.keys();
-    if (done.size > LIMITS.instances) done.delete(oldest);
-    return false;
-  }
-}
 const REFUSALS: Readonly<Record<Refusal, string>> = {
   "wrong": "Wrong password",
   "unknown": "No account of that name",
@@ -1638,1983 +776,1579 @@ const REFUSALS: Readonly<Record<Refusal, string>> = {
   "often": "Too many attempts; try again later",
 };
 
-/** How many targets a command takes: a message goes to a few, the other lists are as long as a line. */
-const TARGMAX = [
-  ...["PRIVMSG", "NOTICE", "TAGMSG"].map((name) => `${name}:${LIMITS.targets}`),
-  ...["JOIN", "PART", "NAMES", "LIST"].map((name) => `${name}:`),
-  "WHOIS:1",
-].join(",");
+/** The state of a SASL exchange after a message: it goes on, or has ended one way or the other. */
+export type SaslStep<A> =
+  | { readonly challenge: string }
+  | { readonly account: A }
+  | { readonly refusal: Refusal; readonly last?: string };
 
-/** What comes first after logging in, up to the end of the MOTD. */
-function greet(session: Session): void {
-  const { server: { options, started }, nick } = session;
-  session.numeric("001", `Welcome to the ${options.name} network, ${source(nick)}`);
-  session.numeric("002", `Your host is ${SERVER}, running chat ${VERSION}`);
-  session.numeric("003", `This server was started ${started.toUTCString()}`);
-  session.numeric("004", SERVER, `chat-${VERSION}`, "i", "n");
-  const support =
-    `NETWORK=${options.name.replaceAll(" ", "\\x20")} CASEMAPPING=ascii UTF8ONLY CHANTYPES=# PREFIX=(ov)@+ WHOX ` +
-    `CHANMODES=b,,,n SAFELIST NICKLEN=${LIMITS.nick} CHANNELLEN=${LIMITS.room} TOPICLEN=${LIMITS.topic} ` +
-    `AWAYLEN=${LIMITS.text} CHANLIMIT=#:${LIMITS.roomsPerMember} TARGMAX=${TARGMAX} ` +
-    `CHATHISTORY=${LIMITS.chathistory} MSGREFTYPES=msgid,timestamp`;
-  for (const line of inLines(support.split(" "), 150)) {
-    session.numeric("005", ...line.split(" "), "are supported by this server");
+/** A SASL exchange on the server: takes the client's messages one by one. */
+export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslStep<A>>;
+
+/** The accounts, in memory, and the limits on guessing passwords and hoarding nicks. */
+export class Accounts<A extends Account> {
+  closed = false; // registration is, except for admitted nicks
+  readonly admitted = new Set<string>();
+  readonly barred = new Set<string>();
+  readonly byNick = new Map<string, A>(); // by folded nick
+  readonly #make: (nick: string, verifier: Verifier, visitor: Visitor) => A;
+  readonly #hashing = new Semaphore(LIMITS.scrypts);
+  readonly #registrations: KeyedRateLimit; // per network
+  readonly #tries: KeyedRateLimit; // per account and network
+  readonly #networkTries: KeyedRateLimit;
+  readonly #unknownTries: KeyedRateLimit; // per account, from networks where it never logged in
+  /**
+   * @param make makes the account of a nick
+   * @param perAddress how many connections a network may have: so many more attempts
+   */
+  constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0, clock = systemClock) {
+    this.#make = make;
+    this.#registrations = new KeyedRateLimit(clock, LIMITS.newAccountsPerHour / 3600, LIMITS.newAccountsPerHour);
+    this.#tries = new KeyedRateLimit(clock, 1 / 30, LIMITS.triesPerAccount);
+    this.#networkTries = new KeyedRateLimit(clock, 1, LIMITS.triesPerNetwork + perAddress);
+    this.#unknownTries = new KeyedRateLimit(clock, 1 / 10, LIMITS.triesOfUnknown);
   }
-  tellUsers(session);
-  tellMotd(session);
+
+  find(nick: string): A | undefined {
+    return this.byNick.get(fold(nick));
+  }
+
+  /** Makes an account with a password, or with a verifier that the client has made. */
+  async register(nick: string, secret: string | Verifier, visitor: Visitor): Promise<A | Refusal> {
+    const objection = this.#objectionTo(nick);
+    if (objection) return objection;
+    const isExempt = isLoopback(visitor.address) || this.admitted.has(fold(nick));
+    if (!isExempt && !tryCharge(this.#registrations.of(networkOf(visitor.address)))) return "often";
+    const keys = typeof secret === "string" ? await this.#hash(secret, visitor) : undefined;
+    const verifier = keys ? verifierOf(keys) : secret;
+    if (typeof verifier === "string") return "often"; // it disconnected before its turn
+    const later = this.#objectionTo(nick); // somebody may have been faster
+    if (later) return later;
+    const account = this.#make(nick, verifier, visitor);
+    this.byNick.set(fold(nick), account);
+    return account;
+  }
+  #objectionTo(nick: string): Refusal | undefined {
+    const key = fold(nick);
+    if (!isNick(nick)) return "bad nick";
+    if (this.barred.has(key)) return "barred";
+    if (this.byNick.has(key)) return "exists";
+    if (this.closed && !this.admitted.has(key)) return "closed";
+    return this.byNick.size < LIMITS.accounts ? undefined : "often";
+  }
+
+  /** Checks a password. */
+  async login(nick: string, password: string, visitor: Visitor): Promise<A | Refusal> {
+    const account = this.find(nick);
+    if (!account) return "unknown";
+    const charged = this.#chargeAttempt(account, visitor.address);
+    if (typeof charged === "string") return charged;
+    const keys = await this.#hash(password, visitor, account.verifier.salt);
+    const isRight = keys && crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
+    return isRight ? this.#succeed(account, visitor.address, charged) : "wrong";
+  }
+
+  /** Hashes a password when it is the network's turn; undefined if the client has disconnected by then. */
+  #hash(password: string, visitor: Visitor, salt?: Buffer): Promise<Keys | undefined> {
+    const job = async () => visitor.closed ? undefined : await deriveKeys(password, salt);
+    return this.#hashing.run(networkOf(visitor.address), job);
+  }
+
+  /** SASL PLAIN (RFC 4616). */
+  plain(visitor: Visitor): SaslExchange<A> {
+    return async (message) => {
+      const [authzid = "", nick = "", password = ""] = message.split("\0");
+      if (!password || (authzid && fold(authzid) !== fold(nick))) return { refusal: "wrong" };
+      const result = await this.login(nick, password, visitor);
+      return typeof result === "string" ? { refusal: result } : { account: result };
+    };
+  }
+
+  /** SASL SCRAM-SCRYPT-PLUS: the client's first message, its proof, and its consent to the server's proof. */
+  scram({ address }: Visitor, binding: Buffer): SaslExchange<A> {
+    let account: A | undefined;
+    let proved: readonly RateLimit[] | undefined; // what the proof was charged to, once it has been given
+    const scram = scramServer((name) => (account = this.find(name))?.verifier, binding);
+    scram.next();
+    return (message) => {
+      if (account && proved) return { account: this.#succeed(account, address, proved) };
+      const charged = account && this.#chargeAttempt(account, address);
+      if (typeof charged === "string") return { refusal: charged };
+      const { value } = scram.next(message);
+      if (value.startsWith("e=")) return { refusal: value === "e=unknown-user" ? "unknown" : "wrong", last: value };
+      proved = charged;
+      return { challenge: value };
+    };
+  }
+
+  /**
+   * Charges an attempt, before it is answered. The limits of an account's own networks are apart from all others:
+   * strangers cannot use them up.
+   * @returns the limits that it was charged to
+   */
+  #chargeAttempt({ nick, networks }: A, address: string): readonly RateLimit[] | Refusal {
+    const [name, network] = [fold(nick), networkOf(address)];
+    if (this.barred.has(name)) return "barred";
+    const limits = [this.#tries.of(`${name} ${network}`)];
+    if (!networks.has(network)) limits.push(this.#networkTries.of(network), this.#unknownTries.of(name));
+    return tryCharge(...limits) ? limits : "often";
+  }
+
+  /** Gives the charge back for an attempt that was right, and remembers the network. */
+  #succeed(account: A, address: string, charged: readonly RateLimit[]): A {
+    for (const limit of charged) limit.refund(1);
+    const { networks } = account;
+    networks.delete(networkOf(address));
+    networks.add(networkOf(address));
+    const [oldest = ""] = networks;
+    if (networks.size > LIMITS.knownNetworks) networks.delete(oldest);
+    return account;
+  }
 }
 
-function tellMotd(session: Session): void {
-  session.numeric("375", `- ${SERVER} message of the day -`);
-  session.numeric("372", "- Nothing is written to disk: accounts and history end with the server.");
-  session.numeric("372", "- Whoever is in a room may read its log, also from before they came.");
-  session.numeric("376", "End of MOTD");
+/* =====================================================================================================================
+ * Rooms
+ * What happens is an event: it has an id and a time. The messages of a room, or of two people's private talk, are
+ * appended to a log. Delivery, history and catching up after a reconnect are readings of that log.
+ * ================================================================================================================== */
+
+export interface Event {
+  readonly number: number; // rising over the whole server
+  readonly time: number; // in ms since 1970; never before that of an earlier event, even if the clock goes back
+  readonly kind: "PRIVMSG" | "NOTICE" | "TAGMSG" | "JOIN" | "PART" | "QUIT" | "TOPIC";
+  readonly nick: string; // a member's, or the server's name
+  readonly target: string; // a room, or the nick that a private message is for
+  readonly text: string; // a message, a reason, a topic; of a JOIN the real name
+  readonly tags: readonly Tag[]; // the client-only tags of a message
 }
 
-function tellUsers(session: Session): void {
-  const { accounts, sessions, rooms } = session.server;
-  const present = [...accounts.all.values()].filter((member) => member.present).length;
-  session.numeric("251", `There are ${present} users and 0 invisible on 1 servers`);
-  session.numeric("253", String([...sessions].filter(({ welcome }) => !welcome).length), "unknown connection(s)");
-  session.numeric("254", String(rooms.size), "channels formed");
-  session.numeric("255", `I have ${present} clients and 0 servers`);
+/** What becomes an event when it is recorded. */
+type Happening = Omit<Event, "number" | "time">;
+
+/** A place in a log: an event, or a time. */
+export interface Place {
+  readonly time: number;
+  readonly number?: number;
 }
 
-/** What follows one's own JOIN: the topic if there is one, and the names. */
-function tellRoom(session: Session, room: Room): void {
-  if (room.topic) tellTopic(session, room);
-  tellNames(session, room);
+const isMessage = ({ kind }: Event) => kind === "PRIVMSG" || kind === "NOTICE" || kind === "TAGMSG";
+
+/** Whether an event is before (< 0), at or after (> 0) a place. */
+const compare = (event: Event, place: Place) =>
+  place.number === undefined ? event.time - place.time : event.number - place.number;
+
+/** How many events at the beginning of a list fulfil a condition that no later one fulfils: a binary search. */
+function countLeading(list: readonly Event[], fulfils: (event: Event) => boolean): number {
+  let [low, high] = [0, list.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    const event = list[middle];
+    if (event && fulfils(event)) low = middle + 1;
+    else high = middle;
+  }
+  return low;
 }
 
-function tellNames(session: Session, room: Room): void {
-  for (const line of inLines([...room.members].map(({ nick }) => nick))) session.numeric("353", "=", room.name, line);
-  session.numeric("366", room.name, "End of /NAMES list");
+/** Estimates the memory that an event takes, in bytes. */
+const sizeOf = ({ text, tags }: Event) =>
+  500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
+
+/** The messages of a room or of a private talk, oldest first. */
+export class Log {
+  readonly messages: Event[] = [];
+  onEmpty = (): void => {}; // called when its last message has been dropped
+  /** Reads at most `limit` messages between two places, both excluded: the first or the last of them. */
+  read(end: "first" | "last", limit: number, after?: Place, before?: Place): readonly Event[] {
+    const { messages } = this;
+    const from = after ? countLeading(messages, (event) => compare(event, after) <= 0) : 0;
+    const to = before ? countLeading(messages, (event) => compare(event, before) < 0) : messages.length;
+    return end === "first"
+      ? messages.slice(from, Math.min(to, from + limit))
+      : messages.slice(Math.max(from, to - limit), to);
+  }
 }
 
-function tellTopic(session: Session, { name, topic }: Room): void {
-  if (!topic) return session.numeric("331", name, "No topic is set");
-  session.numeric("332", name, topic.text);
-  session.numeric("333", name, topic.nick, String(Math.floor(topic.time / 1000)));
-}
-
-const idleSeconds = ({ sessions }: Member) =>
-  sessions.size ? Math.floor((now() - Math.max(...[...sessions].map(({ active }) => active))) / 1000) : 0;
-
-/** WHO for a room, a nick or everybody: 352, or 354 with the fields that a WHOX asks for. */
-function who(session: Session, [mask = "*", what = ""]: readonly string[]): void {
-  const { rooms, accounts } = session.server;
-  const [, fields, t = "0"] = /^[^%]*%([a-z]*),?(\d{1,3})?$/i.exec(what) ?? [];
-  const [room, one] = [rooms.get(fold(mask)), accounts.find(mask)];
-  const everybody = /^[*0]$/.test(mask) ? accounts.all.values() : [];
-  for (const member of room?.members ?? (one ? [one] : everybody)) {
-    const { nick: n, realName: r, away, sessions, rooms: [shared] } = member;
-    const [c, u, s, f] = [room?.name ?? shared?.name ?? "*", n, SERVER, away || !sessions.size ? "G" : "H"];
-    if (!member.present) continue;
-    if (fields === undefined) session.numeric("352", c, u, "chat", s, n, f, `0 ${r}`);
-    else {
-      const hidden = "255.255.255.255"; // what WHOX has for an address that is not told
-      const values = {
-        t,
-        c,
-        u,
-        i: hidden,
-        h: "chat",
-        s,
-        n,
-        f,
-        d: "0",
-        l: String(idleSeconds(member)),
-        a: n,
-        o: "n/a",
-        r,
-      };
-      const wanted = Object.entries(values).filter(([field]) => fields.includes(field));
-      session.numeric("354", ...wanted.map(([, value]) => value));
+/** All logs of a server. It numbers events, and keeps the logs within their limits. */
+export class History {
+  readonly #capacity: number; // messages kept in one log
+  readonly #clock: Clock;
+  readonly #logs = new Set<Log>(); // the one longest without a message first
+  position = 0; // the number of the latest event
+  #time = 0; // of the latest event
+  #bytes = 0;
+  constructor(capacity: number, clock: Clock = systemClock) {
+    this.#capacity = capacity;
+    this.#clock = clock;
+  }
+  /** Makes an event of what happened. A PRIVMSG or NOTICE is appended to the log, if one is given. */
+  record(log: Log | undefined, happened: Happening): Event {
+    this.#time = Math.max(this.#time, this.#clock.wall());
+    const event = { number: ++this.position, time: this.#time, ...happened };
+    if (log && (event.kind === "PRIVMSG" || event.kind === "NOTICE")) this.#append(log, event);
+    return event;
+  }
+  /** Drops a log with all its messages. */
+  forget(log: Log): void {
+    while (this.#logs.has(log)) this.#dropOldest(log);
+  }
+  #append(log: Log, event: Event): void {
+    this.#logs.delete(log);
+    this.#logs.add(log);
+    log.messages.push(event);
+    this.#bytes += sizeOf(event);
+    if (log.messages.length > this.#capacity) this.#dropOldest(log);
+    while (this.#bytes > LIMITS.historyBytes) {
+      const [quietest = log] = this.#logs;
+      this.#dropOldest(quietest);
     }
   }
-  session.numeric("315", mask, "End of /WHO list");
-}
-
-function whois(session: Session, params: readonly string[]): void {
-  const name = params.at(-1) ?? "";
-  const member = session.server.present(name);
-  if (!member) session.numeric("401", name, "No such nick/channel");
-  else {
-    const { nick, realName, rooms, away, sessions } = member;
-    const since = Math.floor(Math.min(now(), ...[...sessions].map((one) => one.since)) / 1000);
-    session.numeric("311", nick, nick, "chat", "*", realName);
-    for (const line of inLines([...rooms].map((room) => room.name))) session.numeric("319", nick, line);
-    session.numeric("312", nick, SERVER, session.server.options.name);
-    if (away) session.numeric("301", nick, away);
-    session.numeric("317", nick, String(idleSeconds(member)), String(since), "seconds idle, signon time");
-    session.numeric("330", nick, nick, "is logged in as");
-    session.numeric("671", nick, "is using a secure connection");
+  #dropOldest(log: Log): void {
+    const oldest = log.messages.shift();
+    if (oldest) this.#bytes -= sizeOf(oldest);
+    if (!log.messages.length && this.#logs.delete(log)) log.onEmpty();
   }
-  session.numeric("318", name, "End of /WHOIS list");
 }
 
-/** The names in a list, each once. */
-const list = (text: string) => [
-  ...new Map(text.split(",").filter(Boolean).map((name) => [fold(name), name])).values(),
-];
+export interface Room {
+  readonly name: string; // as first written
+  readonly log: Log;
+  readonly members: Set<Member>;
+  topic: Event | undefined;
+  emptySince: number; // by the monotonic clock; meaningless while somebody is in it
+}
 
-/** A text of its own: a part of a line would keep the whole line in memory. */
-const copied = (text: string) => Buffer.from(text).toString();
+/** A connection of a member, as far as rooms and delivery know it. */
+export interface Reader {
+  readonly address: string;
+  readonly since: number; // when it connected, in ms since 1970
+  readonly caps: number; // the capabilities that it has requested
+  readonly active: number; // when it last sent a line that was not PING or PONG, by the monotonic clock
+  readonly nick: string; // by which it is addressed in replies; "*" before it has named one
+  readonly isWelcome: boolean; // it has logged in and got its welcome
+  share(bytes: Buffer): void; // queues bytes that other connections may get as well
+  reply(body: string, tags: readonly Tag[]): void; // queues a line
+}
+
+/** An account, with the connections that are logged in to it. */
+export class Member implements Account {
+  nick: string;
+  verifier: Verifier;
+  readonly networks = new Set<string>();
+  readonly sessions = new Set<Reader>();
+  readonly rooms = new Set<Room>();
+  readonly talks = new Map<Member, Log>(); // logs of private talks, by the other member
+  readonly executed = new Map<string, number>(); // the highest idempotency key executed, by client instance
+  readonly rate: RateLimit;
+  present = false; // as others see it: also during the grace period after the last connection was lost
+  lostAt = 0; // when the last connection ended, by the monotonic clock
+  readPosition = 0; // the number of the latest event when it last sent a line
+  realName = "";
+  away = ""; // the away message; empty if it is not away
+  constructor(nick: string, verifier: Verifier, rate: RateLimit) {
+    this.nick = nick;
+    this.verifier = verifier;
+    this.rate = rate;
+  }
+  /** The log of the private talk with another member. */
+  talkWith(other: Member): Log {
+    const found = this.talks.get(other);
+    if (found) return found;
+    const log = new Log();
+    log.onEmpty = () => this.talks.delete(other) && other.talks.delete(this);
+    this.talks.set(other, log);
+    other.talks.set(this, log);
+    return log;
+  }
+}
+
+/* =====================================================================================================================
+ * Delivery
+ * An event is encoded once for all connections with the same capabilities, and they share the bytes. What a connection
+ * is to be sent waits in its Outbox until the end of the event-loop turn, and is then written at once, because a write
+ * costs more than what is in it. There is no other delay. What its own line causes is a Reply, which knows about labels
+ * and batches.
+ * ================================================================================================================== */
+
+const SERVER = "chat.server"; // the source of what the server says; only its name has a dot
+const ONCE = "chat.local/once"; // the tag of an idempotency key
+const REGISTRATION = "draft/account-registration";
+const CAPS = [
+  ...["message-tags", "server-time", "account-tag", "extended-join"] as const, // the form of an event depends on these
+  ...["echo-message", "batch", "labeled-response", "away-notify", "standard-replies", "cap-notify", "sasl"] as const,
+  ...["draft/chathistory", REGISTRATION] as const,
+];
+type Cap = typeof CAPS[number];
+const CAP = Object.fromEntries(CAPS.map((name, at) => [name, 1 << at])) as Record<Cap, number>; // their bits
+const FORM_BITS = CAP["message-tags"] | CAP["server-time"] | CAP["account-tag"] | CAP["extended-join"];
+
+/** The source of a member's lines. Members have no address here. */
+const sourceOf = (nick: string) => nick === SERVER ? SERVER : `${nick}!${nick}@chat`;
+
+/** Encodes a line, its body cut to what fits. */
+const encode = (body: string, tags: readonly Tag[] = []) =>
+  Buffer.from(`${format(cut(body, LIMITS.bodyBytes - 2), [], "", tags)}\r\n`);
+
+/** The line of an event, as connections with these capabilities get it. */
+function lineOf({ kind, nick, target, text, ...event }: Event, caps: number): [body: string, tags: Tag[]] {
+  const tags: Tag[] = [];
+  if (caps & CAP["server-time"]) tags.push(["time", new Date(event.time).toISOString()]);
+  if (caps & CAP["message-tags"]) tags.push(["msgid", `${event.time}-${event.number}`], ...event.tags);
+  if (caps & CAP["account-tag"] && nick !== SERVER) tags.push(["account", nick]);
+  let params = [target, text];
+  if (kind === "QUIT") params = [text];
+  else if (kind === "JOIN") params = caps & CAP["extended-join"] ? [target, nick, text] : [target];
+  else if (kind === "TAGMSG" || (kind === "PART" && !text)) params = [target];
+  return [format(kind, params, sourceOf(nick)), tags];
+}
+
+/** Makes a word of a parameter that stands in the middle of a line, and that a client may have sent. */
+const toWord = (param: string) => param.replace(/^:+| .*/gs, "") || "*";
+
+/** The replies to one line. With a label, or an idempotency key, they are held until the line has been executed. */
+class Reply {
+  readonly connection: Reader;
+  readonly #label: Tag | undefined; // IRCv3 labeled-response
+  readonly #once: Tag | undefined;
+  #held: { readonly body: string; readonly tags: readonly Tag[] }[] | undefined;
+  static #batches = 0;
+  /** @param tags those of the line */
+  constructor(connection: Reader, tags = NO_TAGS) {
+    const [label, once] = [tags.get("label"), tags.get(ONCE)];
+    this.connection = connection;
+    if (label && label.length <= 64 && connection.caps & CAP["labeled-response"]) this.#label = ["label", label];
+    if (once && connection.isWelcome) this.#once = [ONCE, once];
+    if (this.#label || this.#once) this.#held = [];
+  }
+  /** Replies with a line. */
+  line(body: string, tags: readonly Tag[] = []): void {
+    if (this.#held) this.#held.push({ body, tags });
+    else this.connection.reply(body, tags);
+  }
+  /** Replies with a line of the server's. */
+  server(command: string, ...params: readonly string[]): void {
+    this.line(format(command, params.map((param, at) => at < params.length - 1 ? toWord(param) : param), SERVER));
+  }
+  numeric(code: string, ...params: readonly string[]): void {
+    this.server(code, this.connection.nick, ...params);
+  }
+  event(event: Event, extra: readonly Tag[] = []): void {
+    const [body, tags] = lineOf(event, this.connection.caps);
+    this.line(body, [...extra, ...tags]);
+  }
+  /**
+   * Replies with a batch (IRCv3 batch), where the client knows batches.
+   * @param replyWith replies with the lines in it, each with these tags
+   * @param own tags of the batch itself
+   */
+  batch(type: readonly string[], replyWith: (tags: readonly Tag[]) => void, own: readonly Tag[] = []): void {
+    if (!(this.connection.caps & CAP.batch)) return replyWith([]);
+    const name = (++Reply.#batches).toString(36);
+    this.line(format("BATCH", [`+${name}`, ...type], SERVER), own);
+    replyWith([["batch", name]]);
+    this.server("BATCH", `-${name}`);
+  }
+  /** Sends what was held: no reply becomes an ACK, one carries the label, several become a batch that carries it. */
+  end(): void {
+    const held = this.#held;
+    if (!held) return;
+    this.#held = undefined;
+    const own = [this.#label, this.#once].filter((tag) => tag !== undefined);
+    const isBatch = held[0]?.body.startsWith(`:${SERVER} BATCH`);
+    if (!held.length) this.line(`:${SERVER} ACK`, own);
+    else if (this.#label && held.length > 1 && !isBatch && this.connection.caps & CAP.batch) {
+      const replyWith = (batch: readonly Tag[]) =>
+        held.forEach(({ body, tags }) => this.line(body, [...batch, ...tags]));
+      this.batch(["labeled-response"], replyWith, own);
+    } else held.forEach(({ body, tags }, at) => this.line(body, at === 0 ? [...own, ...tags] : tags));
+  }
+}
+
+/** Sends an event to members. The connection that caused it gets it as a reply, a message only if it wants echoes. */
+function deliver(event: Event, members: Iterable<Member>, reply?: Reply): void {
+  const forms: Buffer[] = []; // by capabilities
+  for (const { sessions } of members) {
+    for (const session of sessions) {
+      const { caps } = session;
+      if (event.kind === "TAGMSG" && !(caps & CAP["message-tags"])) continue;
+      if (session !== reply?.connection) session.share(forms[caps & FORM_BITS] ??= encode(...lineOf(event, caps)));
+      else if (!isMessage(event) || caps & CAP["echo-message"]) reply.event(event);
+    }
+  }
+}
+
+/** Sends a line that is not an event to members, on the connections that have requested a capability. */
+function announce(body: string, members: Iterable<Member>, cap?: Cap): void {
+  const bytes = encode(body);
+  for (const { sessions } of members) {
+    for (const session of sessions) if (!cap || session.caps & CAP[cap]) session.share(bytes);
+  }
+}
+
+/** The other end of a connection. */
+export interface Peer {
+  readonly address: string;
+  write(bytes: Buffer): boolean; // false if nothing more should be written until `Outbox.drained` is called
+  pending(): number; // bytes that were written and that the network has not taken yet
+  read(flowing: boolean): void; // whether to go on reading
+  end(atOnce: boolean): void; // closes, when everything has been written or at once
+}
+
+/** What is to be written to a connection. */
+class Outbox {
+  static #due: Outbox[] = []; // to be written at the end of this turn of the event loop
+  static #joined: { readonly from: readonly Buffer[]; readonly bytes: Buffer } = { from: [], bytes: EMPTY };
+  isBlocked = false; // the peer takes nothing for now
+  readonly #peer: Peer;
+  readonly #onWritten: () => void;
+  #queue: Buffer[] = []; // other outboxes may have the same buffers
+  #queuedBytes = 0;
+  #isDue = false;
+  /** @param onWritten called when the queue has been written and the peer takes more */
+  constructor(peer: Peer, onWritten: () => void) {
+    this.#peer = peer;
+    this.#onWritten = onWritten;
+  }
+  /** The bytes that the connection has not taken yet. */
+  get queued(): number {
+    return this.#queuedBytes + this.#peer.pending();
+  }
+  push(bytes: Buffer): void {
+    this.#queue.push(bytes);
+    this.#queuedBytes += bytes.length;
+    if (this.#isDue || this.isBlocked) return;
+    this.#isDue = true;
+    if (Outbox.#due.push(this) === 1) setImmediate(() => Outbox.#flushDue());
+  }
+  /** Writes the queue. `force` does so although the peer is not ready: the connection is about to close. */
+  flush(force = false): void {
+    this.#isDue = false;
+    const queue = this.#queue;
+    if (!queue.length || (this.isBlocked && !force)) return;
+    this.#queue = [];
+    this.#queuedBytes = 0;
+    this.isBlocked = !this.#peer.write(Outbox.#join(queue));
+    if (!this.isBlocked) this.#onWritten();
+  }
+  /** The peer takes more. */
+  drained(): void {
+    this.isBlocked = false;
+    this.flush();
+    if (!this.isBlocked) this.#onWritten();
+  }
+  static #flushDue(): void {
+    const due = Outbox.#due;
+    Outbox.#due = [];
+    for (const outbox of due) outbox.flush();
+    Outbox.#joined = { from: [], bytes: EMPTY };
+  }
+  /** Joins buffers. Outboxes with the same buffers, one after the other, share the result. */
+  static #join(buffers: readonly Buffer[]): Buffer {
+    if (buffers.length === 1 && buffers[0]) return buffers[0];
+    const { from } = Outbox.#joined;
+    const isSame = from.length === buffers.length && from.every((one, at) => one === buffers[at]);
+    if (!isSame) Outbox.#joined = { from: buffers, bytes: Buffer.concat(buffers) };
+    return Outbox.#joined.bytes;
+  }
+}
+
+/* =====================================================================================================================
+ * Session
+ * A connection as the server sees it. Its Inbox splits what is received into lines and enforces the rate limit; each
+ * line is executed with a Reply; its Outbox is what it will be sent. Until it is welcomed it has a Registration; after
+ * that it belongs to a member.
+ * ================================================================================================================== */
 
 /**
- * PRIVMSG, NOTICE and TAGMSG. A NOTICE is not answered with an error, so that robots do not answer each other; but to
- * whom it did not go because of a limit is said.
+ * The bytes that a connection has sent, and that have not been executed yet. A member over the rate limit is read more
+ * slowly; anyone else is disconnected.
  */
-function say(session: Session, [targets = "", words = ""]: readonly string[], line: Line): void {
-  const { server, member } = session;
-  const kind = line.command as "PRIVMSG" | "NOTICE" | "TAGMSG";
-  const refuse = (code: string, ...params: string[]) =>
-    kind === "NOTICE" ? undefined : session.numeric(code, ...params);
-  const text = kind === "TAGMSG" ? "" : copied(words);
-  if (!member || (!text && kind !== "TAGMSG")) return refuse("412", "No text to send");
-  const relayed = line.tags.size ? [...line.tags].filter(([name]) => name.startsWith("+")) : [];
-  const tags = relayed.map(([name, value]) => [copied(name), copied(value)] as const);
-  const all = list(targets);
-  for (const target of all.slice(LIMITS.targets)) {
-    session.numeric("407", target, `Too many targets: a message goes to ${LIMITS.targets}, and not to this one`);
+class Inbox {
+  rate: RateLimit; // of the connection before login, of the member afterwards
+  heardAt: number; // when bytes last came, or a line last waited; by the monotonic clock
+  isPaused = false; // nothing is read from the connection
+  readonly #session: Session;
+  readonly #peer: Peer;
+  readonly #clock: Clock;
+  readonly #splitter = new LineSplitter();
+  #running = false; // while an asynchronous command is
+  #ended = false; // the client has closed its side of the connection (FIN)
+  #cancelTimer: (() => void) | undefined; // of the wait for the rate limit
+  constructor(session: Session, peer: Peer, clock: Clock) {
+    this.#session = session;
+    this.#peer = peer;
+    this.#clock = clock;
+    this.rate = new RateLimit(clock, LIMITS.loginRate, LIMITS.loginRate * LIMITS.burstSeconds);
+    this.heardAt = clock.now();
   }
-  for (const target of all.slice(0, LIMITS.targets)) {
-    const [room, other] = [server.rooms.get(fold(target)), server.accounts.find(target)];
-    if (room && member.rooms.has(room)) {
-      server.deliver(server.happens(room, kind, member.nick, text, tags), room.members, session);
-    } else if (room) refuse("404", room.name, "Cannot send to channel");
-    else if (other) {
-      const happened = { kind, nick: member.nick, target: other.nick, text, tags };
-      const log = kind === "TAGMSG" ? new Log() : member.talkWith(other); // an empty talk would stay for ever
-      const event = server.history.record(log, happened);
-      server.deliver(event, new Set([member, other]), session);
-      for (const one of other.sessions) one.told = true;
-      if (other === member) session.tell(event); // besides the echo, if there is one: it is also the one that is told
-      if (kind !== "PRIVMSG") continue;
-      if (!other.sessions.size) session.numeric("301", other.nick, "Is not here, and reads it on return");
-      else if (other.away) session.numeric("301", other.nick, other.away);
-    } else if (target.startsWith("#")) refuse("403", target, "No such channel");
-    else refuse("401", target, "No such nick/channel");
+  /** For how many ms the client has been silent. Time in which one of its lines waits does not count. */
+  get silentMs(): number {
+    return this.#running || this.#cancelTimer ? 0 : this.#clock.now() - this.heardAt;
   }
-}
-
-/** Reads `msgid=…` or `timestamp=…`. */
-function placeOf(reference = ""): Place | undefined {
-  const [, time, number] = /^msgid=(\d{1,15})-(\d{1,15})$/.exec(reference) ?? [];
-  if (time && number) return { time: Number(time), number: Number(number) };
-  const moment = reference.startsWith("timestamp=") ? Date.parse(reference.slice(10)) : NaN;
-  return isNaN(moment) ? undefined : { time: moment };
-}
-
-/** CHATHISTORY: a room's log, or a talk's, is read from a place (IRCv3 draft/chathistory). */
-function chathistory(session: Session, params: readonly string[]): void {
-  const { server, member } = session;
-  const [way = "", target = ""] = params;
-  const [most = "", kind] = [params.at(-1), way.toUpperCase()];
-  const refuse = (code: string, text: string, context: string) =>
-    session.reply("FAIL", "CHATHISTORY", code, way, context || "*", text);
-  const limit = /^\d+$/.test(most) ? Math.min(Number(most), LIMITS.chathistory) : 0;
-  if (!limit) return refuse("INVALID_PARAMS", "The limit is a number above 0", most);
-  const places = params.slice(kind === "TARGETS" ? 1 : 2, -1);
-  const [from, until] = places.map(placeOf);
-  const both = kind === "BETWEEN" || kind === "TARGETS";
-  if (!from && !(kind === "LATEST" && places[0] === "*") || both && !until) {
-    return refuse("INVALID_PARAMS", "This is no place in a log", places.join(" "));
+  push(chunk: Buffer): void {
+    this.heardAt = this.#clock.now();
+    this.rate.charge(LIMITS.chunkUnits + chunk.length / LIMITS.unitBytes);
+    this.#splitter.push(chunk);
+    if (this.#splitter.buffered > LIMITS.inputBytes) this.#session.flooded();
+    else this.pump();
   }
-  if (kind === "TARGETS") return historyTargets(session, from?.time ?? 0, until?.time ?? 0, limit);
-  const [room, other] = [server.rooms.get(fold(target)), server.accounts.find(target)];
-  if (!member || (room ? !member.rooms.has(room) : !other)) {
-    return refuse("INVALID_TARGET", "Messages could not be retrieved", target);
+  /** The client has closed its side. What it sent before is executed nevertheless. */
+  end(): void {
+    this.#ended = true;
+    this.pump();
   }
-  const log = room?.log ?? (other && member.talks.get(other));
-  const read = (end: "first" | "last", after?: Place, before?: Place, limited = limit) =>
-    log?.read(end, limited, session.has("draft/event-playback"), after, before) ?? [];
-  const earlier = kind === "AROUND" ? read("last", undefined, from, Math.floor(limit / 2)) : [];
-  const justBefore = from && { time: from.time - 1, ...from.number !== undefined && { number: from.number - 1 } };
-  const backward = from && until && (from.time > until.time || (from.number ?? 0) > (until.number ?? Infinity));
-  const ways: Partial<Record<string, () => readonly Event[]>> = {
-    LATEST: () => read("last", from),
-    BEFORE: () => read("last", undefined, from),
-    AFTER: () => read("first", from),
-    BETWEEN: () => backward ? read("last", until, from) : read("first", from, until),
-    AROUND: () => [...earlier, ...read("first", earlier.at(-1) ?? justBefore, undefined, limit - earlier.length)],
-  };
-  const events = ways[kind]?.();
-  if (!events) return refuse("INVALID_PARAMS", "There is no such subcommand", way);
-  session.batch(["chathistory", room?.name ?? target], (tags) => events.forEach((event) => session.tell(event, tags)));
-}
-
-/** CHATHISTORY TARGETS: where something was said between two moments, and when last. */
-function historyTargets(session: Session, one: number, other: number, limit: number): void {
-  const rooms = [...session.member?.rooms ?? []].map(({ name, log }) => ({ name, log }));
-  const talks = [...session.member?.talks ?? []].map(([{ nick }, log]) => ({ name: nick, log }));
-  const found = [...rooms, ...talks].map(({ name, log }) => ({ name, time: log.messages.at(-1)?.time ?? -1 }))
-    .filter(({ time }) => time > Math.min(one, other) && time < Math.max(one, other))
-    .sort((a, b) => a.time - b.time).slice(0, limit);
-  session.batch(["draft/chathistory-targets"], (tags) => {
-    for (const { name, time } of found) {
-      session.answer(format("CHATHISTORY", ["TARGETS", name, new Date(time).toISOString()], SERVER), tags);
+  stop(): void {
+    this.#cancelTimer?.();
+  }
+  /** Executes lines until one has to wait. While it waits, nothing more is read from the connection. */
+  pump(): void {
+    while (!this.#session.closed) {
+      const { throttleMs, excess } = this.rate;
+      if (excess > (this.#session.member ? LIMITS.debtUnits : 0)) return this.#session.flooded();
+      if (this.#cancelTimer) return;
+      if (throttleMs > 0) this.#cancelTimer = this.#clock.after(throttleMs, () => this.#resume());
+      const isBehind = this.#session.outbox.queued > LIMITS.pauseBytes;
+      if (throttleMs > 0 || this.#running || isBehind) return this.#read(false);
+      const split = this.#splitter.next();
+      if (!split) return this.#ended ? this.#session.lost("Connection closed", false) : this.#read(true);
+      this.rate.charge(1);
+      const running = this.#session.run(split);
+      if (running) void this.#waitFor(running);
     }
-  });
+  }
+  #read(flowing: boolean): void {
+    this.isPaused = !flowing;
+    this.#peer.read(flowing);
+  }
+  #resume(): void {
+    this.#cancelTimer = undefined;
+    this.heardAt = this.#clock.now();
+    this.pump();
+  }
+  async #waitFor(running: Promise<void>): Promise<void> {
+    this.#running = true;
+    await running;
+    this.#running = false;
+    this.heardAt = this.#clock.now();
+    this.pump();
+  }
 }
 
-/** The mechanisms of SASL, the better one first. */
-const MECHANISMS: Readonly<Partial<Record<string, (session: Session) => Exchange<Member>>>> = {
-  "SCRAM-SCRYPT-PLUS": (session) => session.server.accounts.scram(session, session.server.options.binding),
-  "PLAIN": (session) => session.server.accounts.plain(session),
+/** A login that is under way. */
+interface Registration {
+  nick: string; // what NICK asked for; the account decides
+  realName?: string; // from USER
+  password: string; // from PASS, until it is used
+  negotiating: boolean; // between CAP LS or REQ, and CAP END
+  sasl?: { readonly exchange: SaslExchange<Member>; readonly buffer: SaslBuffer } | undefined;
+  wrongPasswords: number;
+}
+
+/** What a session needs of its server. */
+interface Host {
+  readonly clock: Clock;
+  execute(session: Session, line: Line, reply: Reply): void | Promise<void>;
+  closed(session: Session, reason: string, politely: boolean): void;
+  failed(address: string, what: string, why: string): void; // logs it, within limits
+  log(line: string): void;
+}
+
+/** A connection, from the end of its TLS handshake on. */
+export class Session implements Reader, Visitor {
+  readonly address: string;
+  readonly since: number;
+  readonly openedAt: number; // like `since`, by the monotonic clock
+  readonly inbox: Inbox;
+  readonly outbox: Outbox;
+  readonly #host: Host;
+  readonly #peer: Peer;
+  caps = 0;
+  /** Absent once it has been welcomed. */
+  registration: Registration | undefined = { nick: "", password: "", negotiating: false, wrongPasswords: 0 };
+  member: Member | undefined; // present once it is logged in
+  mechanism = ""; // by which it has logged in: PASS, or that of SASL
+  active: number;
+  pingedAt = 0; // when it was sent a PING that it has not answered; 0 if it was not
+  closed = false;
+  constructor(host: Host, peer: Peer) {
+    this.#host = host;
+    this.#peer = peer;
+    this.address = peer.address;
+    this.since = host.clock.wall();
+    this.active = this.openedAt = host.clock.now();
+    this.inbox = new Inbox(this, peer, host.clock);
+    this.outbox = new Outbox(peer, () => this.inbox.isPaused && this.inbox.pump());
+  }
+  has(cap: Cap): boolean {
+    return (this.caps & CAP[cap]) !== 0;
+  }
+  get nick(): string {
+    return this.member?.nick || this.registration?.nick || "*";
+  }
+  get isWelcome(): boolean {
+    return this.registration === undefined;
+  }
+
+  // ---- From the peer
+
+  receive(chunk: Buffer): void {
+    if (!this.closed) this.inbox.push(chunk);
+  }
+  /** The client has closed its side of the connection. */
+  received(): void {
+    this.inbox.end();
+  }
+  /** Disconnects a client that sends too much, and reads nothing more from it meanwhile. */
+  flooded(atOnce = false): void {
+    if (this.closed) return;
+    if (!this.member) this.#host.failed(this.address, "a connection was closed", "excess flood");
+    this.#peer.read(false);
+    this.close("Excess flood", atOnce);
+  }
+
+  /** Executes a line. An error in doing so ends this session, and nothing else. */
+  run(split: Split): void | Promise<void> {
+    const line = parse("text" in split ? split.text : "");
+    const reply = new Reply(this, line.tags);
+    try {
+      if ("fault" in split) {
+        if (split.fault === "NUL") return this.close("That is not text");
+        if (split.fault === "too long") return reply.numeric("417", "Input line was too long");
+        return reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is taken here; the line was dropped");
+      }
+      if (line.command !== "PING" && line.command !== "PONG") this.active = this.#host.clock.now();
+      const running = this.#host.execute(this, line, reply);
+      if (running) return running.then(() => reply.end(), (error: unknown) => this.#failed(error));
+      reply.end();
+    } catch (error) {
+      this.#failed(error);
+    }
+  }
+  #failed(error: unknown): void {
+    const trace = error instanceof Error ? error.stack ?? error.message : String(error);
+    this.#host.log(`error in the session of ${this.nick}: ${trace.replace(/\s*\n\s*/g, " | ")}`);
+    this.close("Internal error");
+  }
+
+  // ---- To the peer
+
+  /** Queues what other connections may get as well. A client that does not read is disconnected. */
+  share(bytes: Buffer): void {
+    if (this.closed) return;
+    this.outbox.push(bytes);
+    if (!this.outbox.isBlocked || this.outbox.queued <= LIMITS.queueBytes) return;
+    setImmediate(() => this.close("Not reading", true)); // not while an event is being delivered
+  }
+  reply(body: string, tags: readonly Tag[] = []): void {
+    if (this.closed) return;
+    const bytes = encode(body, tags);
+    this.inbox.rate.charge(bytes.length / LIMITS.replyBytes); // a short line may have a long reply
+    this.outbox.push(bytes);
+  }
+  ping(): void {
+    this.pingedAt = this.#host.clock.now();
+    this.reply(format("PING", [SERVER]));
+  }
+
+  /** Closes the connection and says why; `atOnce` if that would not be read. */
+  close(reason: string, atOnce = false): void {
+    if (this.closed) return;
+    this.reply(format("ERROR", [reason]));
+    this.#end(reason, true, atOnce);
+  }
+  /** The connection is lost, or over when everything has been written. The client may reconnect. */
+  lost(reason: string, atOnce = true): void {
+    if (!this.closed) this.#end(reason, false, atOnce);
+  }
+  #end(reason: string, politely: boolean, atOnce: boolean): void {
+    this.closed = true;
+    this.inbox.stop();
+    this.#host.closed(this, reason, politely);
+    if (politely || !atOnce) this.outbox.flush(true);
+    this.#peer.end(atOnce);
+  }
+}
+
+/* =====================================================================================================================
+ * Server
+ * The state of a server and its rules: which connections, members and rooms there are, and what it means to arrive, to
+ * join, to part and to leave. Nothing here knows about sockets.
+ * ================================================================================================================== */
+
+const DEFAULTS = {
+  room: "#chat", // where everybody lands
+  topic: "", // of that room
+  name: "chat", // of the network
+  history: 1000, // messages kept per room
+  maxClients: 1000, // connections in all
+  perAddress: 100, // connections per network
+  rate: 10, // units a second that a member may send; 0 lifts the limit
+  warning: "", // sent to everybody who enters
+  binding: EMPTY, // the channel binding of logins
+  clock: systemClock,
+  log: (_line: string): void => {}, // takes the lines of the log
+  explain: undefined as ((line: string) => void) | undefined, // takes what happens on the wire
+};
+export type ServerOptions = Partial<typeof DEFAULTS>;
+
+/** What the handler of a command gets. */
+interface Context {
+  readonly server: Server;
+  readonly session: Session;
+  readonly member: Member | undefined;
+  readonly line: Line;
+  readonly params: readonly string[]; // those of the line
+  readonly reply: Reply;
+}
+type MemberContext = Context & { readonly member: Member };
+
+/** A row in the table of commands. The handler of an early command runs before login, too. */
+type Command =
+  & { readonly least: number; readonly about: string } // the least number of parameters; a description for INFO
+  & (
+    | { readonly early: true; run(context: Context): void | Promise<void> }
+    | { readonly early?: false; run(context: MemberContext): void | Promise<void> }
+  );
+
+/** The IRC commands. The chapters Registration and Commands put them here. */
+export const COMMANDS: Partial<Record<string, Command>> = {};
+
+/** Whether a line with an idempotency key was executed before. If not, its key counts as executed from now on. */
+function isRepeated({ executed }: Member, { tags }: Line): boolean {
+  const [, instance, digits] = /^([\w-]{1,32})-(\d{1,15})$/.exec(tags.get(ONCE) ?? "") ?? [];
+  if (!instance) return false;
+  if (Number(digits) <= (executed.get(instance) ?? 0)) return true;
+  executed.delete(instance);
+  executed.set(instance, Number(digits));
+  const [oldest = ""] = executed.keys();
+  if (executed.size > LIMITS.instances) executed.delete(oldest);
+  return false;
+}
+
+export class Server implements Host {
+  readonly options: typeof DEFAULTS;
+  readonly clock: Clock;
+  readonly started = new Date();
+  readonly accounts: Accounts<Member>;
+  readonly history: History;
+  readonly rooms = new Map<string, Room>(); // by folded name
+  readonly lobby: Room; // where everybody lands
+  readonly sessions = new Set<Session>();
+  readonly #connections = new Occupancy(); // per network
+  readonly #failures: KeyedRateLimit; // in the log, per network
+  #sweptAt: number;
+  unauthenticated = 0; // sessions that have not been welcomed
+  constructor(options: ServerOptions = {}) {
+    this.options = { ...DEFAULTS, ...options };
+    const { clock, rate, perAddress, history, room, topic } = this.options;
+    this.clock = clock;
+    this.#sweptAt = clock.now();
+    this.#failures = new KeyedRateLimit(clock, LIMITS.failuresPerMinute / 60, LIMITS.failuresPerMinute);
+    const register = (nick: string, verifier: Verifier, { address }: Visitor) => {
+      this.log(`${nick} registered from ${address}`);
+      return new Member(nick, verifier, new RateLimit(clock, rate, rate * LIMITS.burstSeconds));
+    };
+    this.accounts = new Accounts(register, perAddress, clock);
+    this.history = new History(history, clock);
+    this.lobby = this.openRoom(room);
+    if (topic) this.lobby.topic = this.happens(this.lobby, "TOPIC", SERVER, topic);
+  }
+
+  log(line: string): void {
+    this.options.log(clean(cut(line, 1000))); // a terminal may show it
+  }
+  /** Logs what an unauthenticated client failed to do, unless its network fills the log with that. */
+  failed(address: string, what: string, why: string): void {
+    if (tryCharge(this.#failures.of(networkOf(address)))) this.log(`${what} from ${address}: ${why}`);
+  }
+
+  // ---- Connections
+
+  /** A client has connected. Its session is closed at once if there are too many. */
+  open(peer: Peer): Session {
+    const session = new Session(this, peer);
+    this.sessions.add(session);
+    const network = networkOf(peer.address);
+    this.#connections.change(network, 1);
+    this.unauthenticated++;
+    const { maxClients, perAddress } = this.options;
+    const isCrowded = this.#connections.of(network) > perAddress;
+    if (this.sessions.size > maxClients) session.close("The server is full");
+    else if (isCrowded) session.close("Too many connections from your address");
+    else if (this.unauthenticated > this.maxUnauthenticated) session.close("Too many connections are just logging in");
+    return session;
+  }
+  get maxUnauthenticated(): number {
+    return Math.max(LIMITS.unauthenticated, this.options.maxClients / 2);
+  }
+  /** Runs the command of a line, if the client may use it. */
+  execute(session: Session, line: Line, reply: Reply): void | Promise<void> {
+    const command = rowOf(COMMANDS, line.command);
+    const { member, isWelcome } = session;
+    const { params } = line;
+    if (!line.command) return;
+    if (!isWelcome && params.at(-1)?.startsWith("HTTP/")) return session.close("This is IRC, not HTTP");
+    if (!isWelcome && !command?.early) return reply.numeric("451", "You have not registered");
+    if (!command) return reply.numeric("421", line.command, "Unknown command");
+    if (params.length < command.least) return reply.numeric("461", line.command, "Not enough parameters");
+    if (member && isWelcome) {
+      member.readPosition = this.history.position;
+      if (isRepeated(member, line)) return;
+    }
+    const context = { server: this, session, line, reply, params };
+    if (command.early) return command.run({ ...context, member });
+    if (member) return command.run({ ...context, member });
+  }
+  /** A session has closed. With its last session a member leaves: at once, or if it was lost, after a grace period. */
+  closed(session: Session, reason: string, politely: boolean): void {
+    if (!this.sessions.delete(session)) return;
+    const { member, address } = session;
+    this.#connections.change(networkOf(address), -1);
+    if (session.registration) this.unauthenticated--;
+    if (member) this.log(`${member.nick} left from ${address}: ${reason}`);
+    if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
+    member.lostAt = this.clock.now();
+    if (politely) this.#leave(member, reason);
+  }
+
+  /** Closes and drops what has timed out; to be called once a second. */
+  sweep(): void {
+    const now = this.clock.now();
+    const wasAsleep = now - this.#sweptAt > LIMITS.sleepMs; // what clients sent meanwhile is still to be read
+    this.#sweptAt = now;
+    if (wasAsleep) return;
+    for (const session of this.sessions) this.#checkSilence(session, now);
+    for (const member of this.accounts.byNick.values()) {
+      const isGone = member.present && !member.sessions.size && now - member.lostAt > LIMITS.graceMs;
+      if (isGone) this.#leave(member, "Connection lost");
+    }
+    for (const room of this.rooms.values()) {
+      if (this.#isEmpty(room) && now - room.emptySince > LIMITS.roomIdleMs) this.closeRoom(room);
+    }
+  }
+  #checkSilence(session: Session, now: number): void {
+    const { inbox: { silentMs, heardAt }, openedAt, pingedAt } = session;
+    if (session.registration) {
+      if (silentMs > LIMITS.silenceMs || now - openedAt > LIMITS.loginMs) session.close("You did not log in in time");
+    } else if (silentMs > LIMITS.pingMs) {
+      if (pingedAt <= heardAt) session.ping();
+      else if (now - pingedAt > LIMITS.pingMs) session.lost("Ping timeout");
+    }
+  }
+
+  // ---- Members
+
+  /** The member of that nick, if the others see it as present. */
+  findPresent(nick: string): Member | undefined {
+    const member = this.accounts.find(nick);
+    return member?.present ? member : undefined;
+  }
+  get presentMembers(): Member[] {
+    return [...this.accounts.byNick.values()].filter(({ present }) => present);
+  }
+  /** A session has logged in to an account. */
+  bindAccount(session: Session, member: Member, mechanism: string): void {
+    session.member = member;
+    session.mechanism = mechanism;
+    session.inbox.rate = member.rate;
+    this.log(`${member.nick} logged in from ${session.address}`);
+  }
+  /** A login was refused. After too many wrong passwords the connection is closed. */
+  refuse(session: Session, nick: string, refusal: Refusal): void {
+    if (refusal !== "unknown") this.failed(session.address, `${nick} was refused`, REFUSALS[refusal].toLowerCase());
+    if (!session.registration || refusal !== "wrong") return;
+    if (++session.registration.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
+  }
+  /** Adds a session that has logged in to its member, who arrives with the first one. @returns whether it arrives */
+  arrive(session: Session, member: Member, realName: string): boolean {
+    const isFirst = !member.present;
+    member.sessions.add(session);
+    member.realName = realName || member.realName || member.nick;
+    member.present = true;
+    session.registration = undefined;
+    this.unauthenticated--;
+    return isFirst;
+  }
+  /** Private messages that a member may not have received: those since it last sent a line. */
+  missedBy(member: Member): Event[] {
+    const after = { time: 0, number: member.readPosition };
+    const missed = [...member.talks.values()].flatMap((log) => log.read("last", LIMITS.missed, after))
+      .filter(({ target }) => fold(target) === fold(member.nick))
+      .sort((one, other) => one.number - other.number).slice(-LIMITS.missed);
+    let bytes = 0; // they must fit into the queue, the latest of them if not all
+    return missed.slice(missed.findLastIndex((event) => (bytes += sizeOf(event)) > LIMITS.queueBytes / 2) + 1);
+  }
+  /** Ends all the sessions of a member, also those that have not been welcomed yet. */
+  kick(member: Member, reason: string): void {
+    for (const session of this.sessions) if (session.member === member) session.close(reason);
+    if (member.present) this.#leave(member, reason);
+  }
+  /** Deletes an account with its private talks. */
+  forget(member: Member): void {
+    this.kick(member, "The account was deleted");
+    for (const log of member.talks.values()) this.history.forget(log);
+    this.accounts.byNick.delete(fold(member.nick));
+  }
+  /** The member, and everybody who shares a room with it. */
+  audienceOf(member: Member): Set<Member> {
+    return new Set([member, ...[...member.rooms].flatMap((room) => [...room.members])]);
+  }
+  announceAway({ nick, away }: Member, members: Iterable<Member>): void {
+    announce(format("AWAY", away ? [away] : [], sourceOf(nick)), members, "away-notify");
+  }
+  #leave(member: Member, reason: string): void {
+    const audience = this.audienceOf(member);
+    const wasInRoom = member.rooms.size > 0;
+    for (const room of member.rooms) this.#remove(member, room);
+    member.present = false;
+    member.away = "";
+    if (wasInRoom) deliver(this.happens(undefined, "QUIT", member.nick, reason), audience);
+  }
+
+  // ---- Rooms
+
+  findRoom(name: string): Room | undefined {
+    return this.rooms.get(fold(name));
+  }
+  openRoom(name: string): Room {
+    const room: Room = { name, log: new Log(), members: new Set(), topic: undefined, emptySince: 0 };
+    this.rooms.set(fold(name), room);
+    return room;
+  }
+  closeRoom(room: Room): void {
+    this.rooms.delete(fold(room.name));
+    this.history.forget(room.log);
+  }
+  /** Makes an event of what somebody did in a room, and appends a message to its log. */
+  happens(room: Room | undefined, kind: Event["kind"], nick: string, text: string, tags: readonly Tag[] = []): Event {
+    return this.history.record(room?.log, { kind, nick, target: room?.name ?? "", text, tags });
+  }
+  /** A member enters a room. */
+  join(member: Member, room: Room, reply: Reply): void {
+    room.members.add(member);
+    member.rooms.add(room);
+    deliver(this.happens(room, "JOIN", member.nick, member.realName), room.members, reply);
+    for (const session of member.sessions) {
+      replyWithRoom(session === reply.connection ? reply : new Reply(session), room);
+    }
+    if (member.away) this.announceAway(member, room.members);
+  }
+  part(member: Member, room: Room, reason: string, reply: Reply): void {
+    deliver(this.happens(room, "PART", member.nick, reason), room.members, reply);
+    this.#remove(member, room);
+  }
+  /** Makes place for one more room, if need be by closing the one that has been empty for longest. */
+  makePlaceForRoom(): boolean {
+    if (this.rooms.size < LIMITS.rooms) return true;
+    const empty = [...this.rooms.values()].filter((room) => this.#isEmpty(room));
+    const [oldest] = empty.sort((one, other) => one.emptySince - other.emptySince);
+    if (oldest) this.closeRoom(oldest);
+    return oldest !== undefined;
+  }
+  /** A room in which nothing was said closes when it becomes empty; others stay for a while with their log. */
+  #remove(member: Member, room: Room): void {
+    room.members.delete(member);
+    member.rooms.delete(room);
+    if (!this.#isEmpty(room)) return;
+    room.emptySince = this.clock.now();
+    if (!room.log.messages.length) this.closeRoom(room);
+  }
+  #isEmpty(room: Room): boolean {
+    return room.members.size === 0 && room !== this.lobby;
+  }
+}
+
+/** Replies with what follows one's own JOIN: the topic if there is one, and the names. */
+function replyWithRoom(reply: Reply, room: Room): void {
+  if (room.topic) replyWithTopic(reply, room);
+  replyWithNames(reply, room);
+}
+
+function replyWithTopic(reply: Reply, { name, topic }: Room): void {
+  if (!topic) return reply.numeric("331", name, "No topic is set");
+  reply.numeric("332", name, topic.text);
+  reply.numeric("333", name, topic.nick, String(Math.floor(topic.time / 1000)));
+}
+
+const LINE_WIDTH = 380; // bytes of a list in one line, which leaves room for what comes before it
+
+function replyWithNames(reply: Reply, room: Room): void {
+  const nicks = Array.from(room.members, ({ nick }) => nick);
+  for (const line of fill(nicks, LINE_WIDTH)) reply.numeric("353", "=", room.name, line);
+  reply.numeric("366", room.name, "End of /NAMES list");
+}
+
+/* =====================================================================================================================
+ * Registration
+ * What a client says before it is welcomed: CAP, NICK, USER, and a password by one of four ways. Whichever it takes, it
+ * ends in bindAccount, and when nothing is missing any more, in the welcome.
+ * ================================================================================================================== */
+
+/** The mechanisms of SASL, the preferred one first. */
+const MECHANISMS: Readonly<Record<string, (server: Server, session: Session) => SaslExchange<Member>>> = {
+  "SCRAM-SCRYPT-PLUS": ({ accounts, options }, session) => accounts.scram(session, options.binding),
+  "PLAIN": ({ accounts }, session) => accounts.plain(session),
 };
 
-/** AUTHENTICATE: begins an exchange, breaks it off, or brings a piece of a message (IRCv3 sasl-3.2). */
-async function authenticate(session: Session, [text = ""]: readonly string[]): Promise<void> {
-  const { exchange, received } = session;
-  session.exchange = undefined;
-  session.received = "";
-  if (session.member) return session.numeric("907", "You are logged in already");
-  if (text === "*") return session.numeric("906", "SASL authentication aborted");
-  if (!exchange) {
-    session.mechanism = text.toUpperCase();
-    session.exchange = MECHANISMS[session.mechanism]?.(session);
-    await session.exchange?.next("");
-    if (session.exchange) return session.answer("AUTHENTICATE +");
-    session.numeric("908", Object.keys(MECHANISMS).join(","), "are available SASL mechanisms");
-    return session.numeric("904", "SASL authentication failed");
+/** Welcomes a session when nothing is missing, or says what is. */
+function completeRegistration(context: Context): void | Promise<void> {
+  const { server, session, reply } = context;
+  const { member, registration } = session;
+  if (session.closed || !registration || registration.negotiating || registration.realName === undefined) return;
+  if (member) {
+    const { barred } = server.accounts; // the operator may have acted since the login
+    const isOut = barred.has(fold(member.nick)) || server.accounts.find(member.nick) !== member;
+    return isOut ? session.close(REFUSALS.barred) : welcome(context, member, registration.realName);
   }
-  if (text.length > 400 || received.length > 4000) return session.numeric("905", "SASL message too long");
-  session.exchange = exchange;
-  const whole = text === "+" ? received : received + text;
-  if (text.length === 400) session.received = whole;
-  if (text.length === 400) return;
-  const { done, value } = await exchange.next(fromBase64(whole).toString());
-  const challenge = done ? value.last : value;
-  for (const piece of challenge ? saslPieces(challenge) : []) session.answer(`AUTHENTICATE ${piece}`);
-  if (!done || session.closed) return;
-  session.exchange = undefined;
-  const { account: member, refusal = "wrong" } = value;
-  if (!member) {
-    session.numeric("904", `SASL authentication failed: ${REFUSALS[refusal]}`);
-    return session.server.refuse(session, session.nick, refusal);
+  const { nick, password } = registration;
+  if (nick && password) return loginByPass(context, registration);
+  if (!nick) return;
+  const text = "A password is needed here: it registers a free nick, or logs you in";
+  if (session.has("standard-replies")) reply.server("FAIL", "*", "ACCOUNT_REQUIRED_TO_CONNECT", text);
+  reply.numeric("464", text);
+  reply.server("NOTICE", nick, "Set a server password in your client, or log in by SASL; or type /quote PASS password");
+}
+
+/** Logs in by the password of PASS, or registers the nick with it if it is free. */
+async function loginByPass(context: Context, registration: Registration): Promise<void> {
+  const { server, session, reply } = context;
+  const { nick, password } = registration;
+  registration.password = "";
+  let result = await server.accounts.login(nick, password, session);
+  const isNew = result === "unknown" && !session.mechanism; // after a failed SASL it may be a mistyped nick
+  if (isNew) result = await server.accounts.register(nick, password, session);
+  if (session.closed) return;
+  if (typeof result === "string") {
+    reply.numeric("464", REFUSALS[result]);
+    return server.refuse(session, nick, result);
   }
-  session.server.options.explain?.(
-    session.mechanism === "PLAIN"
-      ? `${member.nick} told us the password; scrypt made it fit the verifier`
-      : `${member.nick} and we proved to each other that we know the password, for this certificate, and told it neither way`,
-  );
-  session.server.admit(session, member);
-  session.numeric("900", source(member.nick), member.nick, `You are now logged in as ${member.nick}`);
-  session.numeric("903", "SASL authentication successful");
-  return session.server.complete(session);
+  server.bindAccount(session, result, "PASS");
+  if (isNew) reply.server("NOTICE", result.nick, `${result.nick} is registered now, with this password`);
+  return completeRegistration(context);
+}
+
+/** Lets a session in: the greeting, its rooms, and the private messages that it may have missed. */
+function welcome({ server, session, reply }: Context, member: Member, realName: string): void {
+  const missed = session.has("draft/chathistory") ? [] : server.missedBy(member); // the others can ask for them
+  const arrives = server.arrive(session, member, realName);
+  greet(server, session, reply);
+  for (const room of member.rooms) { // a further connection, or one that reconnects
+    const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
+    reply.line(format("JOIN", params, sourceOf(member.nick)));
+    replyWithRoom(reply, room);
+  }
+  if (arrives) server.join(member, server.lobby, reply);
+  if (server.options.warning) reply.server("NOTICE", member.nick, server.options.warning);
+  for (const event of missed) reply.event(event);
+}
+
+/** Sends what comes first after the login, up to the end of the message of the day. */
+function greet(server: Server, session: Session, reply: Reply): void {
+  const { options, started } = server;
+  const { targets } = LIMITS;
+  reply.numeric("001", `Welcome to the ${options.name} network, ${sourceOf(session.nick)}`);
+  reply.numeric("002", `Your host is ${SERVER}, running chat ${VERSION}`);
+  reply.numeric("003", `This server was started ${started.toUTCString()}`);
+  reply.numeric("004", SERVER, `chat-${VERSION}`, "i", "n");
+  const support = [
+    `NETWORK=${options.name.replaceAll(" ", "\\x20")}`,
+    ..."CASEMAPPING=ascii UTF8ONLY CHANTYPES=# PREFIX=(ov)@+ CHANMODES=b,,,n SAFELIST".split(" "),
+    `NICKLEN=${LIMITS.nick}`,
+    `CHANNELLEN=${LIMITS.room}`,
+    `TOPICLEN=${LIMITS.topic}`,
+    `AWAYLEN=${LIMITS.text}`,
+    `CHANLIMIT=#:${LIMITS.roomsPerMember}`,
+    `TARGMAX=PRIVMSG:${targets},NOTICE:${targets},TAGMSG:${targets},JOIN:,PART:,NAMES:,LIST:,WHOIS:1`,
+    `CHATHISTORY=${LIMITS.chathistory}`,
+    "MSGREFTYPES=msgid,timestamp",
+  ];
+  for (const line of fill(support, 150)) reply.numeric("005", ...line.split(" "), "are supported by this server");
+  replyWithCounts(server, reply);
+  replyWithMotd(reply);
+}
+
+function replyWithCounts(server: Server, reply: Reply): void {
+  const present = server.presentMembers.length;
+  reply.numeric("251", `There are ${present} users and 0 invisible on 1 servers`);
+  reply.numeric("253", String(server.unauthenticated), "unknown connection(s)");
+  reply.numeric("254", String(server.rooms.size), "channels formed");
+  reply.numeric("255", `I have ${present} clients and 0 servers`);
+}
+
+function replyWithMotd(reply: Reply): void {
+  reply.numeric("375", `- ${SERVER} message of the day -`);
+  reply.numeric("372", "- Nothing is written to disk: accounts and history end with the server.");
+  reply.numeric("372", "- Members of a room can read its log, also from before they joined.");
+  reply.numeric("376", "End of MOTD");
+}
+
+/** CAP: agrees on extensions (IRCv3 capability negotiation). */
+function handleCap(context: Context): void | Promise<void> {
+  const { server, session, reply, params: [word = "", argument = ""] } = context;
+  const verb = word.toUpperCase();
+  const values: Partial<Record<Cap, string>> = {
+    sasl: Object.keys(MECHANISMS).join(),
+    [REGISTRATION]: "before-connect",
+  };
+  const offered = CAPS.filter((name) => name !== REGISTRATION || !server.accounts.closed);
+  const { registration } = session;
+  if (registration && /^(LS|REQ|END)$/.test(verb)) registration.negotiating = verb !== "END";
+  const knowsValues = Number(argument) >= 302;
+  if (verb === "LS" && knowsValues) session.caps |= CAP["cap-notify"];
+  const all = offered.map((name) => knowsValues && values[name] ? `${name}=${values[name]}` : name);
+  const list = (names: readonly string[]) => reply.server("CAP", session.nick, verb, names.join(" "));
+  switch (verb) {
+    case "LS":
+      return list(all);
+    case "LIST":
+      return list(offered.filter((name) => session.has(name)));
+    case "REQ":
+      return requestCaps(context, offered, argument);
+    case "END":
+      return completeRegistration(context);
+    default:
+      return reply.numeric("410", word || "*", "Invalid CAP command");
+  }
+}
+
+/** CAP REQ: all of the changes are made, or none. */
+function requestCaps({ session, reply }: Context, offered: readonly Cap[], argument: string): void {
+  let caps = session.caps;
+  for (const word of argument.split(" ").filter(Boolean)) {
+    const name = offered.find((one) => one === word.replace(/^-/, ""));
+    if (!name) return reply.server("CAP", session.nick, "NAK", argument);
+    caps = word.startsWith("-") ? caps & ~CAP[name] : caps | CAP[name];
+  }
+  session.caps = caps;
+  reply.server("CAP", session.nick, "ACK", argument);
+}
+
+/** AUTHENTICATE: begins a SASL exchange, aborts it, or brings a chunk of a message (IRCv3 sasl-3.2). */
+async function handleAuthenticate(context: Context): Promise<void> {
+  const { server, session, reply, params: [chunk = ""] } = context;
+  const { registration } = session;
+  if (session.member || !registration) return reply.numeric("907", "You are logged in already");
+  const { sasl } = registration;
+  registration.sasl = undefined;
+  if (chunk === "*") return reply.numeric("906", "SASL authentication aborted");
+  if (!sasl) {
+    session.mechanism = chunk.toUpperCase();
+    const exchange = rowOf(MECHANISMS, session.mechanism)?.(server, session);
+    if (exchange) {
+      registration.sasl = { exchange, buffer: new SaslBuffer() };
+      return reply.line("AUTHENTICATE +");
+    }
+    reply.numeric("908", Object.keys(MECHANISMS).join(","), "are available SASL mechanisms");
+    return reply.numeric("904", "SASL authentication failed");
+  }
+  const whole = sasl.buffer.push(chunk);
+  if (whole === "too long") return reply.numeric("905", "SASL message too long");
+  registration.sasl = sasl;
+  if (!whole) return;
+  const step = await sasl.exchange(whole.message);
+  if (session.closed) return;
+  const answer = "challenge" in step ? step.challenge : "last" in step ? step.last : undefined;
+  for (const one of answer ? saslChunks(answer) : []) reply.line(`AUTHENTICATE ${one}`);
+  if ("challenge" in step) return;
+  registration.sasl = undefined;
+  if ("account" in step) return loginBySasl(context, step.account);
+  reply.numeric("904", `SASL authentication failed: ${REFUSALS[step.refusal]}`);
+  server.refuse(session, session.nick, step.refusal);
+}
+
+function loginBySasl(context: Context, member: Member): void | Promise<void> {
+  const { server, session, reply } = context;
+  const { nick } = member;
+  const how = session.mechanism === "PLAIN"
+    ? `${nick} sent us the password; scrypt made it fit the verifier`
+    : `${nick} and we proved to each other that we know the password, for this certificate; neither side sent it`;
+  server.options.explain?.(how);
+  server.bindAccount(session, member, session.mechanism);
+  reply.numeric("900", sourceOf(nick), nick, `You are now logged in as ${nick}`);
+  reply.numeric("903", "SASL authentication successful");
+  return completeRegistration(context);
 }
 
 /** Only the first word of such a password would count, and be all that is needed to log in. */
 const COLON_MISSING = "A password with spaces needs a colon before it, as in PASS :two words";
 
-/** REGISTER: makes an account before connecting, of a password or of a verifier (IRCv3 draft/account-registration). */
-async function register(session: Session, [name = "", email, secret = "", ...more]: readonly string[]): Promise<void> {
-  const { server, wish } = session;
-  const fail = (code: string, text: string) => session.reply("FAIL", "REGISTER", code, name, text);
-  if (session.member) return fail("ALREADY_AUTHENTICATED", "You are logged in");
-  if (!wish) return fail("NEED_NICK", "Send NICK first");
-  if (name !== "*" && fold(name) !== fold(wish)) return fail("ACCOUNT_NAME_MUST_BE_NICK", "Send NICK with this name");
+/** REGISTER: makes an account before the welcome, with a password or a verifier (IRCv3 draft/account-registration). */
+async function handleRegister(context: Context): Promise<void> {
+  const { server, session, reply, params: [name = "", email, secret = "", ...more] } = context;
+  const { registration } = session;
+  const fail = (code: string, text: string) => reply.server("FAIL", "REGISTER", code, name, text);
+  if (session.member || !registration) return fail("ALREADY_AUTHENTICATED", "You are logged in");
+  const { nick } = registration;
+  if (!nick) return fail("NEED_NICK", "Send NICK first");
+  if (name !== "*" && fold(name) !== fold(nick)) return fail("ACCOUNT_NAME_MUST_BE_NICK", "Send NICK with this name");
   if (email !== "*") return fail("UNACCEPTABLE_EMAIL", "No e-mail address is kept here: send *");
   if (more.length) return fail("UNACCEPTABLE_PASSWORD", COLON_MISSING);
   const verifier = readVerifier(secret);
   if (verifier === "bad" || !secret || secret.length > LIMITS.password) {
     return fail("UNACCEPTABLE_PASSWORD", "This is neither a password nor a verifier as all are here");
   }
-  const result = await server.accounts.register(wish, verifier ?? secret, session);
+  const result = await server.accounts.register(nick, verifier ?? secret, session);
   if (session.closed) return;
   if (typeof result === "string") {
     const codes: Partial<Record<Refusal, string>> = { "exists": "ACCOUNT_EXISTS", "bad nick": "BAD_ACCOUNT_NAME" };
     return fail(codes[result] ?? "TEMPORARILY_UNAVAILABLE", REFUSALS[result]);
   }
-  session.reply("REGISTER", "SUCCESS", wish, "Account registered");
-  if (verifier) return;
-  server.admit(session, result);
-  session.numeric("900", source(wish), wish, `You are now logged in as ${wish}`);
-  return server.complete(session);
+  reply.server("REGISTER", "SUCCESS", nick, "Account registered");
+  if (verifier) return; // which proves nothing: SCRAM follows
+  server.bindAccount(session, result, "REGISTER");
+  reply.numeric("900", sourceOf(nick), nick, `You are now logged in as ${nick}`);
+  return completeRegistration(context);
 }
 
-/** PASS: a password to log in with; after that, from who logged in by SCRAM, the verifier of a new one. */
-function pass(session: Session, [secret = "", ...more]: readonly string[]): void | Promise<void> {
-  const { member, mechanism, server } = session;
-  if (more.length) return session.numeric("464", COLON_MISSING);
+/** PASS: a password to log in with; or, from a member who has logged in by SCRAM, the verifier of a new one. */
+function handlePass(context: Context): void | Promise<void> {
+  const { server, session, member, reply, params: [secret = "", ...more] } = context;
+  const { registration } = session;
+  if (more.length) return reply.numeric("464", COLON_MISSING);
   const verifier = readVerifier(secret);
-  if (member && !(verifier && mechanism.startsWith("SCRAM"))) return session.numeric("462", "You may not reregister");
+  const mayChange = verifier && session.mechanism.startsWith("SCRAM");
+  if (member && !mayChange) return reply.numeric("462", "You may not reregister");
   if (verifier === "bad" || (verifier && !member)) {
-    return session.reply("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, and is none for here");
+    return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, and is none for here");
   }
-  if (!member || !verifier) {
-    session.password = secret;
-    return server.complete(session);
+  if (member && verifier) {
+    member.verifier = verifier;
+    server.log(`${member.nick} changed the password`);
+    return reply.server("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
   }
-  member.verifier = verifier;
-  server.options.log(`${member.nick} changed the password`);
-  session.reply("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
+  if (registration) registration.password = secret;
+  return completeRegistration(context);
 }
 
-/** NICK: a wish before logging in; after that the nick is the account's, and only its case can change. */
-function nick(session: Session, [wish = ""]: readonly string[]): void | Promise<void> {
-  const { server, member, welcome } = session;
-  if (!wish) return session.numeric("431", "No nickname given");
-  if (!isNick(wish)) return session.numeric("432", wish.split(" ")[0] || "*", REFUSALS["bad nick"]);
-  if (!member || !welcome) {
-    session.wish = wish;
-    return server.complete(session);
+/** NICK: a wish before the login; after it the nick is the account's, and only its case can change. */
+function handleNick(context: Context): void | Promise<void> {
+  const { server, session, member, reply, params: [wish = ""] } = context;
+  if (!wish) return reply.numeric("431", "No nickname given");
+  if (!isNick(wish)) return reply.numeric("432", wish.split(" ")[0] || "*", REFUSALS["bad nick"]);
+  if (session.registration) {
+    session.registration.nick = wish;
+    return completeRegistration(context);
   }
-  if (fold(wish) !== fold(member.nick)) return session.numeric("484", "Your nick is your account and stays");
-  const line = format("NICK", [wish], source(member.nick));
-  if (wish === member.nick) return;
+  if (!member || wish === member.nick) return;
+  if (fold(wish) !== fold(member.nick)) return reply.numeric("484", "Your nick is your account and stays");
+  const body = format("NICK", [wish], sourceOf(member.nick));
   member.nick = wish;
-  server.announce(line, server.audience(member));
+  announce(body, server.audienceOf(member));
 }
 
-/** CAP: which extensions both sides know (IRCv3 capability negotiation). */
-function cap(session: Session, [verb = "", argument = ""]: readonly string[]): void | Promise<void> {
-  const { server, nick } = session;
-  const values: Record<string, string> = { sasl: Object.keys(MECHANISMS).join(","), [REGISTRATION]: "before-connect" };
-  const names = (Object.keys(CAP) as Cap[]).filter((name) => name !== REGISTRATION || !server.accounts.closed);
-  const answer = (words: string[]) => {
-    const lines = inLines(words);
-    for (const line of lines.slice(0, -1)) session.reply("CAP", nick, verb.toUpperCase(), "*", line);
-    session.reply("CAP", nick, verb.toUpperCase(), lines.at(-1) ?? "");
-  };
-  if (/^(LS|REQ)$/i.test(verb)) session.negotiating = !session.welcome;
-  if (/^LS$/i.test(verb)) {
-    const valued = Number(argument) >= 302;
-    if (valued) session.caps |= CAP["cap-notify"];
-    answer(names.map((name) => valued && values[name] ? `${name}=${values[name]}` : name));
-  } else if (/^LIST$/i.test(verb)) answer(names.filter((name) => session.has(name)));
-  else if (/^REQ$/i.test(verb)) {
-    const wanted = argument.split(" ").filter(Boolean);
-    const bits = wanted.map((word) =>
-      names.includes(word.replace(/^-/, "") as Cap) && CAP[word.replace(/^-/, "") as Cap]
-    );
-    for (const [at, bit] of bits.every(Boolean) ? bits.entries() : []) {
-      session.caps = wanted[at]?.startsWith("-") ? session.caps & ~bit : session.caps | Number(bit);
+function handleUser(context: Context): void | Promise<void> {
+  const { session, reply, params } = context;
+  if (!session.registration) return reply.numeric("462", "You may not reregister");
+  session.registration.realName = cut(params[3] ?? "", LIMITS.text);
+  return completeRegistration(context);
+}
+
+Object.assign(
+  COMMANDS,
+  {
+    CAP: { least: 1, about: "agree on extensions", early: true, run: handleCap },
+    AUTHENTICATE: { least: 1, about: "log in by SASL", early: true, run: handleAuthenticate },
+    REGISTER: { least: 3, about: "make an account", early: true, run: handleRegister },
+    PASS: { least: 1, about: "log in, or register a free nick", early: true, run: handlePass },
+    NICK: { least: 0, about: "say which nick you want", early: true, run: handleNick },
+    USER: { least: 4, about: "say your real name", early: true, run: handleUser },
+  } satisfies Record<string, Command>,
+);
+
+/* =====================================================================================================================
+ * Commands
+ * What a member can say. Each handler gets its context and replies through it; the numerics are those of Modern IRC.
+ * ================================================================================================================== */
+
+/** The names in a list, each once. */
+function namesIn(text: string): string[] {
+  const names = text.split(",").filter(Boolean);
+  return [...new Map(names.map((name) => [fold(name), name])).values()];
+}
+
+/** A copy of a text. A slice would keep the whole line alive that it was cut from. */
+const detached = (text: string) => Buffer.from(text).toString();
+
+/** PRIVMSG, NOTICE and TAGMSG. Each target that a message cannot go to gets a reply of its own. */
+function handleMessage(context: MemberContext): void {
+  const { server, member, line, params: [targets = "", words = ""], reply } = context;
+  const kind = line.command as "PRIVMSG" | "NOTICE" | "TAGMSG";
+  const text = kind === "TAGMSG" ? "" : detached(words);
+  if (!text && kind === "PRIVMSG") return reply.numeric("412", "No text to send");
+  if (!text && kind === "NOTICE") return;
+  const tags = [...line.tags].filter(([name]) => name.startsWith("+"))
+    .map(([name, value]) => [detached(name), detached(value)] as const);
+  const names = namesIn(targets);
+  for (const name of names.slice(0, LIMITS.targets)) {
+    const [room, other] = [server.findRoom(name), server.accounts.find(name)];
+    if (room && member.rooms.has(room)) {
+      deliver(server.happens(room, kind, member.nick, text, tags), room.members, reply);
+    } else if (other) sendPrivately(context, other, { kind, nick: member.nick, target: other.nick, text, tags });
+    else if (kind === "NOTICE") continue; // robots must not answer each other's errors
+    else if (room) reply.numeric("404", room.name, "Cannot send to channel");
+    else if (name.startsWith("#")) reply.numeric("403", name, "No such channel");
+    else reply.numeric("401", name, "No such nick/channel");
+  }
+  for (const name of names.slice(LIMITS.targets)) {
+    reply.numeric("407", name, `Too many targets: a message goes to ${LIMITS.targets}, and not to this one`);
+  }
+}
+
+function sendPrivately({ server, member, reply }: MemberContext, other: Member, message: Happening): void {
+  const log = message.kind === "TAGMSG" ? undefined : member.talkWith(other);
+  const event = server.history.record(log, message);
+  deliver(event, new Set([member, other]), reply);
+  if (other === member) reply.event(event); // besides the echo, if there is one: it is also the recipient
+  if (message.kind !== "PRIVMSG") return;
+  if (!other.sessions.size) reply.numeric("301", other.nick, "Is not here, and reads it on return");
+  else if (other.away) reply.numeric("301", other.nick, other.away);
+}
+
+/** Reads a message reference, `msgid=…` or `timestamp=…` (IRCv3 draft/chathistory). */
+function readPlace(reference = ""): Place | undefined {
+  const [, time, number] = /^msgid=(\d{1,15})-(\d{1,15})$/.exec(reference) ?? [];
+  if (time && number) return { time: Number(time), number: Number(number) };
+  const moment = reference.startsWith("timestamp=") ? Date.parse(reference.slice(10)) : NaN;
+  return isNaN(moment) ? undefined : { time: moment };
+}
+
+/** CHATHISTORY: reads the log of a room or a private talk (IRCv3 draft/chathistory). */
+function handleChathistory({ server, member, params, reply }: MemberContext): void {
+  const [subcommand = "", target = ""] = params;
+  const [verb, most = ""] = [subcommand.toUpperCase(), params.at(-1)];
+  const fail = (code: string, about: string, text: string) =>
+    reply.server("FAIL", "CHATHISTORY", code, subcommand, about || "*", text);
+  const limit = /^\d+$/.test(most) ? Math.min(Number(most), LIMITS.chathistory) : 0;
+  if (!limit) return fail("INVALID_PARAMS", most, "The limit is a number above 0");
+  const places = params.slice(verb === "TARGETS" ? 1 : 2, -1);
+  const [from, until] = places.map(readPlace);
+  const needsTwo = verb === "BETWEEN" || verb === "TARGETS";
+  if (!from && !(verb === "LATEST" && places[0] === "*") || needsTwo && !until) {
+    return fail("INVALID_PARAMS", places.join(" "), "This is no place in a log");
+  }
+  if (verb === "TARGETS") return replyWithTargets(member, reply, from?.time ?? 0, until?.time ?? 0, limit);
+  const [room, other] = [server.findRoom(target), server.accounts.find(target)];
+  const mayRead = room ? member.rooms.has(room) : other;
+  if (!mayRead) return fail("INVALID_TARGET", target, "Messages could not be retrieved");
+  const log = room?.log ?? (other && member.talks.get(other)) ?? new Log();
+  const events = readHistory(log, verb, limit, from, until);
+  if (!events) return fail("INVALID_PARAMS", subcommand, "There is no such subcommand");
+  reply.batch(["chathistory", room?.name ?? target], (tags) => events.forEach((event) => reply.event(event, tags)));
+}
+
+/** Reads a log as a subcommand of CHATHISTORY says. @returns undefined if there is no such subcommand */
+function readHistory(log: Log, verb: string, limit: number, from?: Place, until?: Place): readonly Event[] | undefined {
+  if (verb === "LATEST") return log.read("last", limit, from);
+  if (verb === "BEFORE") return log.read("last", limit, undefined, from);
+  if (verb === "AFTER") return log.read("first", limit, from);
+  if (verb === "BETWEEN") {
+    const isBackward = from && until && (from.time > until.time || (from.number ?? 0) > (until.number ?? Infinity));
+    return isBackward ? log.read("last", limit, until, from) : log.read("first", limit, from, until);
+  }
+  if (verb !== "AROUND") return undefined;
+  const earlier = log.read("last", Math.floor(limit / 2), undefined, from);
+  const justBefore = from && { time: from.time - 1, ...from.number !== undefined && { number: from.number - 1 } };
+  return [...earlier, ...log.read("first", limit - earlier.length, earlier.at(-1) ?? justBefore)];
+}
+
+/** CHATHISTORY TARGETS: the rooms and people with messages between two times, and the time of the latest. */
+function replyWithTargets(member: Member, reply: Reply, one: number, other: number, limit: number): void {
+  const logs = [...member.rooms, ...Array.from(member.talks, ([{ nick }, log]) => ({ name: nick, log }))];
+  const found = logs.map(({ name, log }) => ({ name, time: log.messages.at(-1)?.time ?? -1 }))
+    .filter(({ time }) => time > Math.min(one, other) && time < Math.max(one, other))
+    .sort((a, b) => a.time - b.time).slice(0, limit);
+  reply.batch(["draft/chathistory-targets"], (tags) => {
+    for (const { name, time } of found) {
+      reply.line(format("CHATHISTORY", ["TARGETS", name, new Date(time).toISOString()], SERVER), tags);
     }
-    session.reply("CAP", nick, bits.every(Boolean) ? "ACK" : "NAK", argument);
-  } else if (/^END$/i.test(verb)) {
-    session.negotiating = false;
-    return server.complete(session);
-  } else session.numeric("410", verb || "*", "Invalid CAP command");
+  });
 }
 
-function joinRooms(session: Session, [names = ""]: readonly string[]): void {
-  const { server, member } = session;
-  if (!member) return;
-  if (names === "0") return [...member.rooms].forEach((room) => server.part(member, room, "", session));
-  for (const name of list(names)) {
-    const room = server.rooms.get(fold(name));
-    const dullest = !room && server.rooms.size >= LIMITS.rooms ? server.dullest : undefined;
+function handleJoin({ server, member, params: [names = ""], reply }: MemberContext): void {
+  if (names === "0") return [...member.rooms].forEach((room) => server.part(member, room, "", reply));
+  for (const name of namesIn(names)) {
+    const room = server.findRoom(name);
+    const isFull = member.rooms.size >= LIMITS.roomsPerMember;
     if (room && member.rooms.has(room)) continue;
-    if (!isRoom(name)) session.numeric("476", name, `A room is # and ${LIMITS.room} bytes at most, no space, no comma`);
-    else if (member.rooms.size >= LIMITS.roomsPerMember) {
-      session.numeric("405", name, "You have joined too many channels");
-    } else if (!room && server.rooms.size >= LIMITS.rooms && !dullest) {
-      session.numeric("437", name, "There are too many channels");
-    } else {
-      if (dullest) server.closeRoom(dullest);
-      server.join(member, room ?? server.openRoom(name), session);
-    }
+    if (!isRoom(name)) reply.numeric("476", name, `A room is # and at most ${LIMITS.room} bytes, no space, no comma`);
+    else if (isFull) reply.numeric("405", name, "You have joined too many channels");
+    else if (!room && !server.makePlaceForRoom()) reply.numeric("437", name, "There are too many channels");
+    else server.join(member, room ?? server.openRoom(name), reply);
   }
 }
 
-/** MODE tells that there are none to set, beyond +i on oneself, which changes nothing. */
-function mode(session: Session, [target = "", modes = ""]: readonly string[]): void {
-  const room = session.server.rooms.get(fold(target));
-  if (room && !modes) session.numeric("324", room.name, "+n");
-  else if (room && /^[+-]?b$/.test(modes)) session.numeric("368", room.name, "End of channel ban list");
-  else if (room) session.numeric("482", room.name, "You're not channel operator: nobody is");
-  else if (target.startsWith("#")) session.numeric("403", target, "No such channel");
-  else if (fold(target) !== fold(session.nick)) session.numeric("502", "Cant change mode for other users");
-  else if (!modes) session.numeric("221", "+i");
-  else if (!/^[+-]i*$/.test(modes)) session.numeric("501", "Unknown MODE flag");
-}
-
-/** Runs `act` for each room named that the member is in, and answers for the others. */
-function forRooms(session: Session, names: string, act: (room: Room, member: Member) => void): void {
-  const { server, member } = session;
-  for (const name of list(names)) {
-    const room = server.rooms.get(fold(name));
-    if (room && member?.rooms.has(room)) act(room, member);
-    else if (room) session.numeric("442", name, "You're not on that channel");
-    else session.numeric("403", name, "No such channel");
+/** Runs `act` for each of the named rooms that the member is in, and replies with an error for the others. */
+function forRooms({ server, member, reply }: MemberContext, names: string, act: (room: Room) => void): void {
+  for (const name of namesIn(names)) {
+    const room = server.findRoom(name);
+    if (room && member.rooms.has(room)) act(room);
+    else if (room) reply.numeric("442", name, "You're not on that channel");
+    else reply.numeric("403", name, "No such channel");
   }
 }
 
-/** A row in the table of commands. */
-interface Command {
-  readonly least: number; // the parameters that it needs
-  readonly about: string;
-  readonly run: (session: Session, params: readonly string[], line: Line) => void | Promise<void>;
-  readonly early: boolean; // it is there for those who have not logged in, too
+function handlePart(context: MemberContext): void {
+  const { server, member, params: [names = "", reason = ""], reply } = context;
+  forRooms(context, names, (room) => server.part(member, room, cut(reason, LIMITS.text), reply));
 }
-const row = (least: number, about: string, run: Command["run"], early = false): Command => ({
-  least,
-  about,
-  run,
-  early,
-});
 
-export const COMMANDS: Readonly<Partial<Record<string, Command>>> = {
-  CAP: row(1, "agree on extensions", cap, true),
-  AUTHENTICATE: row(1, "log in by SASL", authenticate, true),
-  REGISTER: row(3, "make an account", register, true),
-  PASS: row(1, "log in, or register a free nick", pass, true),
-  NICK: row(0, "say which nick you want", nick, true),
-  USER: row(4, "say your real name", (session, params) => {
-    if (session.welcome) return session.numeric("462", "You may not reregister");
-    session.realName = cut(params[3] ?? "", LIMITS.text);
-    return session.server.complete(session);
-  }, true),
-  PING: row(1, "ask for a PONG", (session, [token = ""]) => session.reply("PONG", SERVER, token), true),
-  PONG: row(0, "answer a PING", (session) => session.pong(), true),
-  ERROR: row(0, "for servers only", () => {}, true),
-  QUIT: row(0, "leave", (session, [why]) => {
-    if (session.member) session.member.reachedAt = now();
-    session.close(why ? `Quit: ${cut(why, LIMITS.text)}` : "Quit");
-  }, true),
-  JOIN: row(1, "enter rooms", joinRooms),
-  PART: row(
-    1,
-    "leave rooms",
-    (session, [names = "", why = ""]) =>
-      forRooms(session, names, (room, member) => session.server.part(member, room, cut(why, LIMITS.text), session)),
-  ),
-  TOPIC: row(
-    1,
-    "show or set a room's topic",
-    (session, [name = "", text]) =>
-      forRooms(session, name, (room, member) => {
-        if (text === undefined) return tellTopic(session, room);
-        const event = session.server.happens(room, "TOPIC", member.nick, cut(text, LIMITS.topic));
-        room.topic = text ? event : undefined;
-        session.server.deliver(event, room.members, session);
-      }),
-  ),
-  NAMES: row(0, "list who is in rooms", (session, [names = "*"]) => {
-    for (const name of list(names)) {
-      const room = session.server.rooms.get(fold(name));
-      if (room) tellNames(session, room);
-      else session.numeric("366", name, "End of /NAMES list");
-    }
-  }),
-  LIST: row(0, "list rooms", (session, [names]) => {
-    session.numeric("321", "Channel", "Users  Name");
-    const wanted = names === undefined ? undefined : list(fold(names));
-    for (const [key, { name, members, topic }] of session.server.rooms) {
-      if (wanted?.includes(key) ?? true) session.numeric("322", name, String(members.size), topic?.text ?? "");
-    }
-    session.numeric("323", "End of /LIST");
-  }),
-  PRIVMSG: row(1, "say something to rooms or nicks", say),
-  NOTICE: row(1, "the same, never answered", say),
-  TAGMSG: row(1, "send tags only", say),
-  CHATHISTORY: row(3, "read what was said", chathistory),
-  WHO: row(0, "list members", who),
-  WHOIS: row(1, "tell about a member", whois),
-  USERHOST: row(1, "tell whether members are away", (session, nicks) => {
-    const found = nicks.map((nick) => session.server.present(nick)).filter((member) => member !== undefined);
-    session.numeric("302", found.map(({ nick, away }) => `${nick}=${away ? "-" : "+"}${nick}@chat`).join(" "));
-  }),
-  ISON: row(1, "tell which members are here", (session, params) => {
-    const found = params.join(" ").split(" ").map((nick) => session.server.present(nick)?.nick ?? "");
-    session.numeric("303", found.filter(Boolean).join(" "));
-  }),
-  AWAY: row(0, "say that you are away, or are back", (session, [text = ""]) => {
-    const { server, member } = session;
-    if (!member) return;
-    member.away = cut(text, LIMITS.text);
-    session.numeric(text ? "306" : "305", `You ${text ? "have been" : "are no longer"} marked as being away`);
-    server.announceAway(member, server.audience(member));
-  }),
-  MODE: row(1, "show modes", mode),
-  MOTD: row(0, "show the message of the day", tellMotd),
-  LUSERS: row(0, "count who is here", tellUsers),
-  VERSION: row(
-    0,
-    "tell the version",
-    (session) => session.numeric("351", `chat-${VERSION}`, SERVER, "IRC over TLS 1.3"),
-  ),
-  TIME: row(0, "tell the time", (session) => session.numeric("391", SERVER, new Date().toUTCString())),
-  INFO: row(0, "list these commands", (session) => {
-    session.numeric("371", `chat ${VERSION}: an encrypted group chat. The commands of this server:`);
-    for (const [name, command] of Object.entries(COMMANDS)) session.numeric("371", `${name}: ${command?.about}`);
-    session.numeric("374", "End of /INFO list");
-  }),
-};
+function handleTopic(context: MemberContext): void {
+  const { server, member, params: [name = "", text], reply } = context;
+  forRooms(context, name, (room) => {
+    if (text === undefined) return replyWithTopic(reply, room);
+    const event = server.happens(room, "TOPIC", member.nick, cut(text, LIMITS.topic));
+    room.topic = text ? event : undefined;
+    deliver(event, room.members, reply);
+  });
+}
 
-// ---- The operator's console
+function handleNames({ server, params: [names = "*"], reply }: MemberContext): void {
+  for (const name of namesIn(names)) {
+    const room = server.findRoom(name);
+    if (room) replyWithNames(reply, room);
+    else reply.numeric("366", name, "End of /NAMES list");
+  }
+}
 
-/** A row in a table of what a person can type: what it takes, what it does. */
+function handleList({ server, params: [names], reply }: MemberContext): void {
+  const wanted = names === undefined ? undefined : namesIn(fold(names));
+  reply.numeric("321", "Channel", "Users  Name");
+  for (const [key, { name, members, topic }] of server.rooms) {
+    if (wanted?.includes(key) ?? true) reply.numeric("322", name, String(members.size), topic?.text ?? "");
+  }
+  reply.numeric("323", "End of /LIST");
+}
+
+/** For how many seconds a member has sent nothing. */
+const idleSeconds = ({ clock }: Server, { sessions }: Member) =>
+  sessions.size ? Math.floor((clock.now() - Math.max(...[...sessions].map(({ active }) => active))) / 1000) : 0;
+
+/** WHO for a room, a nick or everybody. */
+function handleWho({ server, params: [mask = "*"], reply }: MemberContext): void {
+  const [room, one] = [server.findRoom(mask), server.accounts.find(mask)];
+  const everybody = /^[*0]$/.test(mask) ? server.presentMembers : [];
+  const found = room?.members ?? (one?.present ? [one] : everybody);
+  for (const { nick, realName, away, sessions, rooms: [anyRoom] } of found) {
+    const flags = away || !sessions.size ? "G" : "H";
+    reply.numeric("352", (room ?? anyRoom)?.name ?? "*", nick, "chat", SERVER, nick, flags, `0 ${realName}`);
+  }
+  reply.numeric("315", mask, "End of /WHO list");
+}
+
+function handleWhois({ server, params, reply }: MemberContext): void {
+  const name = params.at(-1) ?? "";
+  const member = server.findPresent(name);
+  if (!member) reply.numeric("401", name, "No such nick/channel");
+  else {
+    const { nick, realName, rooms, away, sessions } = member;
+    const since = Math.floor(Math.min(server.clock.wall(), ...[...sessions].map((one) => one.since)) / 1000);
+    reply.numeric("311", nick, nick, "chat", "*", realName);
+    for (const line of fill(Array.from(rooms, (room) => room.name), LINE_WIDTH)) reply.numeric("319", nick, line);
+    reply.numeric("312", nick, SERVER, server.options.name);
+    if (away) reply.numeric("301", nick, away);
+    reply.numeric("317", nick, String(idleSeconds(server, member)), String(since), "seconds idle, signon time");
+    reply.numeric("330", nick, nick, "is logged in as");
+    reply.numeric("671", nick, "is using a secure connection");
+  }
+  reply.numeric("318", name, "End of /WHOIS list");
+}
+
+function handleUserhost({ server, params, reply }: MemberContext): void {
+  const found = params.map((nick) => server.findPresent(nick)).filter((member) => member !== undefined);
+  reply.numeric("302", found.map(({ nick, away }) => `${nick}=${away ? "-" : "+"}${nick}@chat`).join(" "));
+}
+
+function handleIson({ server, params, reply }: MemberContext): void {
+  const found = params.join(" ").split(" ").map((nick) => server.findPresent(nick)?.nick ?? "");
+  reply.numeric("303", found.filter(Boolean).join(" "));
+}
+
+function handleAway({ server, member, params: [text = ""], reply }: MemberContext): void {
+  member.away = cut(text, LIMITS.text);
+  reply.numeric(text ? "306" : "305", `You ${text ? "have been" : "are no longer"} marked as being away`);
+  server.announceAway(member, server.audienceOf(member));
+}
+
+/** MODE: says that there are no modes to set, besides +i on oneself, which changes nothing. */
+function handleMode({ server, member, params: [target = "", modes = ""], reply }: MemberContext): void {
+  const room = server.findRoom(target);
+  if (room && !modes) reply.numeric("324", room.name, "+n");
+  else if (room && /^[+-]?b$/.test(modes)) reply.numeric("368", room.name, "End of channel ban list");
+  else if (room) reply.numeric("482", room.name, "You're not channel operator: nobody is");
+  else if (target.startsWith("#")) reply.numeric("403", target, "No such channel");
+  else if (fold(target) !== fold(member.nick)) reply.numeric("502", "Cant change mode for other users");
+  else if (!modes) reply.numeric("221", "+i");
+  else if (!/^[+-]i*$/.test(modes)) reply.numeric("501", "Unknown MODE flag");
+}
+
+function handleInfo({ reply }: MemberContext): void {
+  reply.numeric("371", `chat ${VERSION}: an encrypted group chat. The commands of this server:`);
+  for (const [name, command] of Object.entries(COMMANDS)) reply.numeric("371", `${name}: ${command?.about}`);
+  reply.numeric("374", "End of /INFO list");
+}
+
+const handlePing = ({ params: [token = ""], reply }: Context) => reply.server("PONG", SERVER, token);
+const handleVersion = ({ reply }: Context) => reply.numeric("351", `chat-${VERSION}`, SERVER, "IRC over TLS 1.3");
+
+function handleQuit({ session, params: [why], reply }: Context): void {
+  reply.end();
+  session.close(why ? `Quit: ${cut(why, LIMITS.text)}` : "Quit");
+}
+
+Object.assign(
+  COMMANDS,
+  {
+    PING: { least: 1, about: "ask for a PONG", early: true, run: handlePing },
+    PONG: { least: 0, about: "answer a PING", early: true, run: ({ session }) => void (session.pingedAt = 0) },
+    ERROR: { least: 0, about: "for servers only", early: true, run: () => {} },
+    QUIT: { least: 0, about: "leave", early: true, run: handleQuit },
+    JOIN: { least: 1, about: "enter rooms", run: handleJoin },
+    PART: { least: 1, about: "leave rooms", run: handlePart },
+    TOPIC: { least: 1, about: "show or set a room's topic", run: handleTopic },
+    NAMES: { least: 0, about: "list who is in rooms", run: handleNames },
+    LIST: { least: 0, about: "list rooms", run: handleList },
+    PRIVMSG: { least: 1, about: "say something to rooms or nicks", run: handleMessage },
+    NOTICE: { least: 1, about: "the same, never answered", run: handleMessage },
+    TAGMSG: { least: 1, about: "send tags only", run: handleMessage },
+    CHATHISTORY: { least: 3, about: "read what was said", run: handleChathistory },
+    WHO: { least: 0, about: "list members", run: handleWho },
+    WHOIS: { least: 1, about: "tell about a member", run: handleWhois },
+    USERHOST: { least: 1, about: "tell whether members are away", run: handleUserhost },
+    ISON: { least: 1, about: "tell which members are here", run: handleIson },
+    AWAY: { least: 0, about: "say that you are away, or are back", run: handleAway },
+    MODE: { least: 1, about: "show modes", run: handleMode },
+    MOTD: { least: 0, about: "show the message of the day", run: ({ reply }) => replyWithMotd(reply) },
+    LUSERS: { least: 0, about: "count who is here", run: ({ server, reply }) => replyWithCounts(server, reply) },
+    VERSION: { least: 0, about: "tell the version", run: handleVersion },
+    TIME: {
+      least: 0,
+      about: "tell the time",
+      run: ({ reply }) => reply.numeric("391", SERVER, new Date().toUTCString()),
+    },
+    INFO: { least: 0, about: "list these commands", run: handleInfo },
+  } satisfies Record<string, Command>,
+);
+
+/* =====================================================================================================================
+ * Console
+ * What the operator can type. The tables of commands for people, here and in the client, have one shape; help is made
+ * from them.
+ * ================================================================================================================== */
+
+/** A row in a table of what a person can type. */
 interface Row<Run> {
-  readonly usage: string;
+  readonly usage: string; // its parameters; optional ones in brackets
   readonly about: string;
   readonly run: Run;
 }
-export type Table<Run> = Readonly<Partial<Record<string, Row<Run>>>>;
-/** An order of the operator's; what it returns is shown. */
-type Order = (server: Server, nick: string, rest: string) => string | readonly string[];
-const order = (usage: string, about: string, run: Order): Row<Order> => ({ usage, about, run });
+type Table<Run> = Readonly<Partial<Record<string, Row<Run>>>>;
+const row = <Run>(usage: string, about: string, run: Run): Row<Run> => ({ usage, about, run });
 
-export const CONSOLE: Table<Order> = {
-  who: order(
-    "",
-    "who is here, from where, since when, idle for how long",
-    ({ accounts }) =>
-      [...accounts.all.values()].filter(({ present }) => present).map((member) => {
-        const from = [...member.sessions].map(({ address, since }) => `${address} since ${clock(since)}`);
-        return `${member.nick.padEnd(LIMITS.nick)} ${from.join(", ") || "connection lost"}, idle ${
-          idleSeconds(member)
-        } s`;
-      }),
-  ),
-  say: order("TEXT", "say something to everybody", (server, nick, rest) => {
-    for (const room of server.rooms.values()) {
-      server.deliver(server.happens(room, "NOTICE", SERVER, `${nick} ${rest}`.trim()), room.members);
-    }
-    return "said";
-  }),
-  kick: order("NICK [REASON]", "end somebody's connections and keep the account out", (server, nick, rest) => {
-    const member = server.accounts.find(nick);
-    if (!member) return `no account ${nick}`;
-    server.accounts.barred.add(fold(nick));
-    server.kick(member, rest ? `Kicked: ${rest}` : "Kicked by the operator");
-    return `${member.nick} is out, and stays out until /admit ${member.nick}`;
-  }),
-  lock: order("", "stop registration", (server) => lock(server, true)),
-  unlock: order("", "let everybody register again", (server) => lock(server, false)),
-  admit: order("NICK", "let a nick register though locked, or back in after /kick", ({ accounts }, nick) => {
-    accounts.barred.delete(fold(nick));
-    accounts.admitted.add(fold(nick));
-    return `${nick} may come in`;
-  }),
-  forget: order("NICK", "delete an account", (server, nick) => {
-    const member = server.accounts.find(nick);
-    if (member) server.forget(member);
-    return member ? `${nick} is no account any more` : `no account ${nick}`;
-  }),
-};
-
-const clock = (time: number) => new Date(time).toTimeString().slice(0, 5);
-
-function lock(server: Server, closed: boolean): string {
-  server.accounts.closed = closed;
-  const change = closed ? ["DEL", REGISTRATION] : ["NEW", `${REGISTRATION}=before-connect`];
-  for (const session of server.sessions) {
-    if (session.has("cap-notify")) session.send(toBytes(format("CAP", [session.nick, ...change], SERVER)));
-  }
-  return closed ? "nobody can register now, but those whom you /admit" : "everybody can register again";
+/** The help for a table: a line for each row. */
+function helpLines(table: Table<unknown>, prefix: string): string[] {
+  return Object.entries(table).map(([name, row]) => `${`${prefix}${name} ${row?.usage}`.padEnd(20)} ${row?.about}`);
 }
 
-// ---- The listener
-
-export interface ServeOptions extends ServerOptions {
-  readonly host: string;
-  readonly port: number; // 0 is any that is free
-  readonly identity: Identity;
-  readonly keylog?: ((line: Buffer) => void) | undefined; // takes the TLS keys
-}
-
-export interface Serving {
-  readonly server: Server;
-  readonly port: number;
-  stop(reason: string): Promise<void>; // tells everybody, writes out what they are owed, and closes
-}
-
-/**
- * Opens a room: listens for TLS 1.3 and serves who connects. @throws {Fault} if it cannot listen there.
- * @example const { port, stop } = await serve({ host: "127.0.0.1", port: 0, identity: makeIdentity({}) });
- */
-export async function serve({ host, port, identity, keylog, ...options }: ServeOptions): Promise<Serving> {
-  const warning = keylog && "This server prints its TLS keys, for a class: whoever has them can read along";
-  const server = new Server({ ...options, binding: identity.binding, ...warning && { warning } });
-  const sockets = new Map<tls.TLSSocket, () => void>(); // and what to do a few times a second
-  const raw = new Map<string, tls.TLSSocket>(); // the sockets below TLS, by their other end
-  const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress} ${remotePort}`;
-  const { key, cert } = identity;
-  const { handshakeMs: handshakeTimeout, stopMs } = LIMITS;
-  const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout } as const;
-  const certificate = new crypto.X509Certificate(cert);
-  const listener = tls.createServer(settings, (socket) => {
-    socket.on("close", () => sockets.delete(socket));
-    sockets.set(socket, attach(server, socket, raw.get(farEnd(socket)), certificate));
-  });
-  const knocking = new Map<string, number>(); // connections of each network, those without TLS among them
-  listener.on("connection", (socket: tls.TLSSocket) => {
-    const network = networkOf(socket.remoteAddress ?? "");
-    const count = (knocking.get(network) ?? 0) + 1;
-    if (count > 2 * server.options.perAddress) return void socket.destroy();
-    knocking.set(network, count);
-    const end = farEnd(socket);
-    raw.set(end, socket);
-    socket.on("close", () => {
-      raw.delete(end);
-      const left = (knocking.get(network) ?? 0) - 1;
-      void (left > 0 ? knocking.set(network, left) : knocking.delete(network));
-    });
-  });
-  if (keylog) listener.on("keylog", keylog);
-  listener.maxConnections = server.options.maxClients + server.mostStrangers;
-  listener.on("tlsClientError", ({ message }, socket) => {
-    const [, what] = HANDSHAKE_PROBLEMS.find(([pattern]) => pattern.test(message)) ?? [];
-    if (socket.remoteAddress) server.failed(socket.remoteAddress, "no TLS", what ?? "it hung up");
-    socket.destroy();
-  });
-  await new Promise<void>((resolve, reject) => {
-    listener.on("error", (error) => reject(listenFault(error, host, port)));
-    listener.listen(port, host, resolve);
-  });
-  const timers = [
-    setInterval(() => server.sweep(), 1000),
-    setInterval(() => sockets.forEach((look) => look()), LIMITS.silentMs),
-  ];
-  const address = listener.address();
-  const stop = async (reason: string) => {
-    timers.forEach(clearInterval);
-    listener.close();
-    for (const session of server.sessions) session.close(reason);
-    const late = setTimeout(() => [...sockets.keys()].forEach((socket) => socket.destroy()), stopMs);
-    await Promise.all([...sockets.keys()].map((socket) => new Promise((closed) => socket.on("close", closed))));
-    clearTimeout(late);
-  };
-  return { server, stop, port: typeof address === "object" && address ? address.port : port };
-}
-
-/**
- * A paused socket reads on until so many bytes wait. If they come one by one each of them is an object, and they cost a
- * hundred times their size. So a socket that is paused is made to believe that they wait already: this is put there.
- */
-let enough: Buffer | undefined;
-
-/** Makes a session of a socket, and returns what is to be done for it a few times a second. `raw` is the one below TLS. */
-function attach(
-  server: Server,
-  socket: tls.TLSSocket,
-  raw: tls.TLSSocket | undefined,
-  certificate: crypto.X509Certificate,
-): () => void {
-  const { explain } = server.options;
-  const who = `${socket.remoteAddress}:${socket.remotePort}`;
-  if (explain) facts(socket, certificate).forEach((fact) => explain(`${who} ${fact}`));
-  let flowing = true;
-  let textual = 0; // bytes on the socket that brought text: Node gives a chunk for each record, Deno for several
-  const stop = enough ??= Buffer.alloc(socket.readableHighWaterMark);
-  const session = server.open({
-    address: socket.remoteAddress ?? "",
-    write: (bytes) => {
-      explain?.(`${who} wrote ${recorded(bytes.length)}`);
-      return socket.write(bytes);
-    },
-    pending: () => socket.writableLength,
-    read: (wanted) => {
-      // Deno goes on reading a paused socket, without end: there the bytes are to come, and to be counted.
-      if (wanted === flowing || "Deno" in globalThis) return;
-      flowing = wanted;
-      if (!wanted) return void socket.pause().unshift(stop);
-      socket.read(stop.length);
-      socket.read(Math.min(socket.readableLength, stop.length)); // what waits, as one piece
-      if (flowing) socket.resume();
-    },
-    end: (atOnce) => {
-      if (atOnce) return void socket.destroy();
-      socket.end();
-      setTimeout(() => socket.destroy(), LIMITS.stopMs).unref();
-    },
-  });
-  socket.setNoDelay(true);
-  socket.allowHalfOpen = true;
-  socket.on("data", (chunk: Buffer) => {
-    if (chunk.buffer === stop.buffer) return;
-    textual += chunk.length * ("Deno" in globalThis ? 2 : 1) + RECORD_OVERHEAD;
-    explain?.(`${who} read ${recorded(chunk.length)}`);
-    session.receive(chunk);
-  });
-  socket.on("end", () => session.ended());
-  socket.on("drain", () => session.drained());
-  socket.on("error", (error) => session.lost(error.message));
-  socket.on("close", () => session.lost("Connection closed"));
-  return () => {
-    if (flowing) session.countSilent((raw?.bytesRead ?? 0) - textual);
-  };
-}
-
-/** What went wrong before there was TLS, for the log. */
-const HANDSHAKE_PROBLEMS: readonly (readonly [RegExp, string])[] = [
-  [/http.request/i, "that was HTTP"],
-  [/version.number|record|InvalidMessage|packet/i, "that was not TLS"],
-  [/unsupported.protocol|protocol.version|PeerIncompatible/i, "it does not know TLS 1.3"],
-  [/timeout/i, "the handshake took too long"],
-  [/alert|unknown.ca/i, "it did not trust the certificate"],
-];
-
-function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string, port: number): Fault {
-  if (/EADDRINUSE|in use/i.test(code + message)) {
-    return new Fault(`port ${port} is in use already`, `${CHAT} serve :${port + 1} takes the next one`);
-  }
-  if (code === "EACCES") {
-    return new Fault(`listening on port ${port} is not permitted`, "ports from 1024 on are free to use");
-  }
-  if (code === "EADDRNOTAVAIL") {
-    return new Fault(`${host} is not an address of this machine`, "0.0.0.0 is all that it has");
-  }
-  if (code === "ENOTFOUND") return new Fault(`there is no host called ${host}`, "127.0.0.1 is this machine");
-  return new Fault(`cannot listen on ${host}:${port}: ${message}`, `${CHAT} help serve`);
-}
-/* =====================================================================================================================
- * Screen
- * - What was said goes to standard output, in a pipe as `TIME<TAB>NICK<TAB>TEXT`. Everything else goes to standard
- *   error as `chat: …` in lower case, with a `chat: hint: …` where there is something to try.
- * - On a terminal both go above the prompt, which stays at the bottom. readline edits the line but draws nothing; the
- *   prompt and the line are drawn here, in rows one cell narrower than the terminal, so that it never wraps them
- *   itself. A turn of the event loop draws once, whatever came in.
- * - Plain mode is for screen readers and dumb terminals: nothing is drawn twice, and there is no colour.
- * - Every text goes through `clean` here, so that nothing that came from the wire can control the terminal. Only the
- *   head of a message is taken as it is: its names are clean, and `paint` has put its colours around them.
- * ================================================================================================================== */
-
-/** Reads an environment variable. Empty is unset, and so is what may not be read (Deno without --allow-env). */
-export function environment(name: string): string | undefined {
-  try {
-    return process.env[name] || undefined;
-  } catch {
-    return undefined;
-  }
-}
-
-/** Writes to a standard stream. A failure is an `error` event of it, also where the runtime throws instead (Deno). */
-function write(stream: NodeJS.WriteStream, text: string | Buffer): boolean {
-  try {
-    return stream.write(text);
-  } catch (error) {
-    return stream.emit("error", error);
-  }
-}
-
-/** How many colours there are: 0, 16 or 256. */
-function colours(): number {
-  const [force, term = ""] = [environment("FORCE_COLOR"), environment("TERM")];
-  if (force) return force === "0" || force === "false" ? 0 : force === "1" || force === "true" ? 16 : 256;
-  if (environment("NO_COLOR") || !process.stdout.isTTY || term === "dumb") return 0;
-  return /256|kitty|direct/.test(term) || environment("COLORTERM") || process.platform === "win32" ? 256 : 16;
-}
-
-let segmenter: Intl.Segmenter | undefined; // is slow to make, and many a run needs none
-
-/** What one sees as the characters of a text. */
-function graphemes(text: string): string[] {
-  if (/^[ -~]*$/.test(text)) return [...text];
-  segmenter ??= new Intl.Segmenter(undefined, { granularity: "grapheme" });
-  return Array.from(segmenter.segment(text), ({ segment }) => segment);
-}
-
-const WIDE = new RegExp(
-  "[\\p{EPres}\\uFE0F\\u1100-\\u115F\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3\\uF900-\\uFAFF" +
-    "\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{20000}-\\u{3FFFD}]",
-  "u",
-);
-
-/** The cells that a text takes on a terminal. */
-export function cells(text: string): number {
-  if (/^[ -~]*$/.test(text)) return text.length;
-  return graphemes(text).reduce((sum, one) => sum + (WIDE.test(one) ? 2 : /^[\p{M}\p{Cf}]/u.test(one) ? 0 : 1), 0);
-}
-
-/** Puts what one sees as characters into pieces that measure at most `most` each. */
-function pieces(chars: readonly string[], most: number, measure: (char: string) => number): string[] {
-  const found = [""];
-  let used = 0;
-  for (const one of chars) {
-    if (used + measure(one) > most) used = found.push("") * 0;
-    found[found.length - 1] += one;
-    used += measure(one);
-  }
-  return found;
-}
-const rowsOf = (text: string, width: number) => pieces(graphemes(text), width, cells);
-
-/**
- * Breaks a text into rows of at most `width` cells: between words, and within one that is longer than a row. But a link
- * stays whole, so that one can click it; the terminal wraps it.
- */
-export function wrap(text: string, width: number): string[] {
-  const rows = [""];
-  for (const word of text.split(/(?<= )(?=[^ ])/)) {
-    const [last = "", length] = [rows.at(-1), cells(word.trimEnd())];
-    if (cells(last) + length <= width) rows[rows.length - 1] = last + word;
-    else rows.push(...length <= width || word.includes("://") ? [word] : rowsOf(word, width));
-  }
-  return rows.map((row) => row.trimEnd()).filter((row, at) => row || at || rows.length === 1);
-}
-
-/** What makes a terminal put marks around a paste; everything without them was typed, however fast it came. */
-const BRACKETED_PASTE = { on: "\x1b[?2004h", off: "\x1b[?2004l", start: "\x1b[200~", end: "\x1b[201~" } as const;
-
-/** Takes bracketed pastes out of what a terminal sends, before readline sees it: Deno's does not know them. */
-function takePastes(input: NodeJS.ReadStream, take: (text: string) => void): void {
-  const { start, end } = BRACKETED_PASTE;
-  const emit = input.emit.bind(input) as (name: string, ...values: readonly unknown[]) => boolean;
-  const toBytes = (text: string) => Buffer.from(text, "latin1");
-  const handOn = (text: string) => text !== "" && emit("data", toBytes(text));
-  let pending = ""; // what came and was not handed on, a character per byte
-  let pasting = false;
-  input.emit = (name: string, ...values: readonly unknown[]) => {
-    if (name !== "data") return emit(name, ...values);
-    pending += (values[0] as Buffer).toString("latin1");
-    for (let at; (at = pending.indexOf(pasting ? end : start)) >= 0;) {
-      const text = pending.slice(0, at);
-      pending = pending.slice(at + start.length);
-      if (pasting) take(toBytes(text).toString());
-      else handOn(text);
-      pasting = !pasting;
-    }
-    if (pasting) return true;
-    const held = [5, 4, 3, 2].find((length) => pending.endsWith(start.slice(0, length))) ?? 0; // half a mark
-    const typed = pending.slice(0, pending.length - held);
-    pending = pending.slice(typed.length);
-    return handOn(typed);
-  };
-}
-
-/** The person's side of the program: a terminal, a plain one, or a pipe. */
-export class Screen {
-  readonly kind: "terminal" | "plain" | "pipe";
-  #onLines: ((lines: readonly string[], pasted: boolean) => void) | undefined;
-  onEnd: () => void = () => {}; // there is no more input, or the terminal has gone
-  onInterrupt: () => void = () => {}; // Ctrl-C or Ctrl-D where no line is typed and nothing is asked
-  onTab: (before: string) => readonly string[] = () => []; // what could stand in place of the text before the cursor
-  readonly #readline: readline.Interface;
-  readonly #close: () => void; // readline itself calls its `close` at Ctrl-D, which does not end anything here
-  readonly #colours: number;
-  #prompt = "";
-  #asking: { question: string; hidden: boolean; answer: (text: string | undefined) => void } | undefined;
-  #early: { readonly lines: readonly string[]; readonly pasted: boolean }[] = []; // entered before it was taken
-  #printed: string[] = []; // to be shown
-  #due = false;
-  #drawn = { rows: [0], row: 0, column: 0 }; // at the bottom: the cells of each row, and where the cursor is
-  #tabs: { options: readonly string[]; next: number } | undefined;
-  #gone = false; // the terminal is
-  #closed = false;
-
-  constructor(plain = false) {
-    const tty = process.stdin.isTTY && process.stdout.isTTY;
-    this.kind = !tty ? "pipe" : plain || environment("TERM") === "dumb" ? "plain" : "terminal";
-    this.#colours = this.kind === "plain" ? 0 : colours();
-    const nowhere = {
-      columns: 1_000_000,
-      write: this.#echo,
-      on: () => nowhere,
-      off: () => nowhere,
-      end: () => nowhere,
-    };
-    this.#readline = readline.createInterface({
-      input: process.stdin,
-      ...tty
-        ? { output: Object.assign(nowhere, { removeListener: nowhere.off }) as unknown as NodeJS.WriteStream }
-        : {},
-      terminal: tty,
-      crlfDelay: Infinity,
-      completer: (line: string) => [[], line],
-    });
-    this.#readline.on("line", (line) => this.#entered(line));
-    const { close } = this.#readline;
-    this.#close = () => {
-      try {
-        close.call(this.#readline);
-      } catch {
-        // The terminal has gone, and cannot be put into its former mode.
-      }
-    };
-    this.#readline.on("history", (lines) => this.#asking && lines.shift()); // an answer is not to be recalled
-    this.#readline.on("SIGINT", () => this.#interrupt());
-    this.#readline.on("SIGCONT", () => {
-      this.#readline.resume(); // it has paused, and counts on a prompt of its own to go on
-      this.#redraw();
-    });
-    this.#readline.on("close", () => {
-      this.#asking?.answer(undefined);
-      if (!this.#closed) this.onEnd();
-    });
-    process.stdout.on("error", () => tty ? this.onEnd() : this.onInterrupt()); // nobody reads on
-    if (!tty) return;
-    process.stdin.prependListener("end", () => this.#gone = true);
-    this.#readline.close = () => this.#gone ? this.#close() : this.#interrupt(); // by Ctrl-D
-    if (this.kind !== "terminal") return;
-    write(process.stdout, BRACKETED_PASTE.on);
-    takePastes(process.stdin, (text) => this.#paste(text));
-    process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
-    process.stdout.on("resize", () => this.#redraw());
-  }
-  /** What readline draws is seen in plain mode only, and there but for what is hidden. */
-  #echo = (text: string): boolean =>
-    this.kind !== "plain" || this.#asking?.hidden && text.trim() ? true : write(process.stdout, text);
-  get columns(): number {
-    return process.stdout.columns || 80;
-  }
-  /** Takes what is entered, also what was entered before. */
-  set onLines(take: (lines: readonly string[], pasted: boolean) => void) {
-    this.#onLines = take;
-    for (const { lines, pasted } of this.#early.splice(0)) take(lines, pasted);
-  }
-  set prompt(text: string) {
-    this.#prompt = text;
-    this.#redraw();
-  }
-  /** Paints with an SGR code, if there are colours. */
-  paint(code: number | string, text: string): string {
-    return this.#colours && text ? `\x1b[${code}m${text}\x1b[0m` : text;
-  }
-  /** A nick in its colour, which is always the same, and readable on black and on white. */
-  nick(name: string): string {
-    const hash = sha256(fold(name)).readUInt32BE();
-    const many = [26, 31, 61, 64, 67, 94, 97, 98, 100, 125, 130, 131, 132, 133, 136, 160, 161, 166, 168, 172];
-    return this.paint(this.#colours > 16 ? `38;5;${many[hash % many.length]}` : 31 + hash % 6, name);
-  }
-  /** Shows a line of what is said. On a terminal a long text goes on behind its head, not under it. */
-  say(head: string, text: string, code: number | string = ""): void {
-    text = clean(text);
-    if (this.kind !== "terminal") return void write(process.stdout, `${head}${text}\n`);
-    const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
-    const paint = (row: string) => code === "" ? row : this.paint(code, row);
-    const [first = "", ...rest] = wrap(text, this.columns - 1 - indent);
-    this.#print(head + paint(first), ...rest.map((row) => " ".repeat(indent) + paint(row)));
-  }
-  /** Shows a line of the program's; `--` marks it as one, where what people say may stand beside it. */
-  note(text: string, mark = "-- "): void {
-    if (this.kind === "pipe") write(process.stderr, `chat: ${clean(text)}\n`);
-    else this.say(this.paint(2, mark), text, 2);
-  }
-  bell(): void {
-    if (this.kind !== "pipe") write(process.stdout, "\x07");
-  }
-  clear(): void {
-    if (this.kind !== "terminal") return;
-    write(process.stdout, "\x1b[H\x1b[2J\x1b[3J");
-    this.#drawn = { rows: [0], row: 0, column: 0 };
-    this.#redraw();
-  }
-  /**
-   * Asks a person for a line; undefined if nobody is there to answer, or the person cancels. What is hidden is never
-   * shown. A line that is half typed, or the rest of a paste, is no answer: it is put aside for as long.
-   */
-  async ask(question: string, hidden = false): Promise<string | undefined> {
-    if (this.kind === "pipe" || this.#closed) return undefined;
-    question = clean(question);
-    const typed = this.#early.findIndex(({ pasted }) => !pasted);
-    if (typed >= 0) return this.#early.splice(typed, 1)[0]?.lines[0];
-    const { line, cursor } = this.#readline;
-    this.#edit("");
-    if (this.kind === "plain") write(process.stdout, question);
-    const text = await new Promise<string | undefined>((answer) => {
-      this.#asking = { question, hidden, answer };
-      this.#redraw();
-    });
-    this.#asking = undefined;
-    if (this.kind === "terminal") this.#print(question + (hidden ? "" : text ?? ""));
-    this.#edit(line, cursor);
-    return text;
-  }
-  close(): void {
-    if (this.#closed) return;
-    this.#draw(false);
-    this.#closed = true;
-    if (this.kind === "terminal") write(process.stdout, BRACKETED_PASTE.off);
-    this.#close();
-  }
-
-  #entered(line: string): void {
-    const { answer } = this.#asking ?? {};
-    this.#asking = undefined;
-    if (answer) answer(line);
-    else if (!this.#gone) this.#enter([line], false); // else nobody has pressed Enter
-  }
-  #enter(lines: readonly string[], pasted: boolean): void {
-    if (this.#onLines) this.#onLines(lines, pasted);
-    else this.#early.push({ lines, pasted });
-  }
-  /** Puts a text in place of the line that is being typed. */
-  #edit(text: string, cursor = text.length): void {
-    if (this.kind === "plain" && text) write(process.stdout, text);
-    Object.assign(this.#readline, { line: text, cursor });
-    this.#redraw();
-  }
-  /** Cancels the question, or else clears the line; what it means where there is neither is for others to say. */
-  #interrupt(): void {
-    const [{ line }, asking] = [this.#readline, this.#asking];
-    if (this.kind === "plain") write(process.stdout, "\n");
-    this.#edit("");
-    this.#asking = undefined;
-    if (asking) asking.answer(undefined);
-    else if (!line) this.onInterrupt();
-  }
-  /**
-   * A paste's lines are entered, but for the last if no line break follows it. In an answer, or in a command that is
-   * half typed, a paste is a part of that one line: what was meant for one person must not be said to everybody.
-   */
-  #paste(pasted: string): void {
-    const text = pasted.replace(/\r\n?/g, "\n").replace(/[^\P{Cc}\t\n]/gu, "");
-    const [before, after] = [
-      this.#readline.line.slice(0, this.#readline.cursor),
-      this.#readline.line.slice(this.#readline.cursor),
-    ];
-    if (this.#asking || before.startsWith("/") || !text.includes("\n")) {
-      const inserted = before + text.replace(/\n+$/, "").replaceAll("\n", " ");
-      return this.#edit(inserted + after, inserted.length);
-    }
-    const lines = (before + text).split("\n");
-    const last = lines.pop() ?? "";
-    this.#edit(last + after, last.length);
-    this.#enter(lines, true);
-  }
-  #pressed(key?: { name?: string; ctrl?: boolean }): void {
-    if (key?.ctrl && key.name === "l") this.clear();
-    const { line, cursor } = this.#readline; // where readline has put a tab that was pasted
-    if (key?.name === "tab" && (this.#asking || line[cursor - 1] !== "\t")) this.#complete();
-    else this.#tabs = undefined;
-    this.#redraw();
-  }
-  #complete(): void {
-    const before = this.#readline.line.slice(0, this.#readline.cursor).replace(this.#asking ? /\t/g : "", "");
-    const { options, next } = this.#tabs ?? { options: this.#asking ? [] : this.onTab(before), next: 0 };
-    this.#tabs = { options, next: (next + 1) % options.length };
-    this.#readline.write(null, { ctrl: true, name: "u" }); // removes what is before the cursor
-    this.#readline.write(options[next] ?? before);
-  }
-  #print(...rows: readonly string[]): void {
-    this.#printed.push(...rows);
-    this.#redraw();
-  }
-  #redraw(): void {
-    if (this.#due || this.#closed || this.kind !== "terminal") return;
-    this.#due = true;
-    setImmediate(() => this.#closed || this.#draw(true));
-  }
-  /** Erases what is drawn at the bottom, shows what is to be shown, and draws the prompt again. */
-  #draw(withPrompt: boolean): void {
-    this.#due = false;
-    if (this.kind !== "terminal") return;
-    const { columns } = this; // the terminal may have become narrower, and have wrapped the rows
-    const above = this.#drawn.rows.slice(0, this.#drawn.row).map((width) => Math.max(1, Math.ceil(width / columns)));
-    const up = above.reduce((sum, rows) => sum + rows, 0) + Math.floor(this.#drawn.column / columns);
-    let out = `\r${up ? `\x1b[${up}A` : ""}\x1b[J${this.#printed.map((row) => `${row}\r\n`).join("")}`;
-    this.#printed = [];
-    this.#drawn = { rows: [0], row: 0, column: 0 };
-    if (withPrompt) {
-      const { rows, row, column } = this.#layOut(columns - 1);
-      const below = rows.length - 1 - row;
-      out += `${rows.join("\r\n")}${below ? `\x1b[${below}A` : ""}\r${column ? `\x1b[${column}C` : ""}`;
-      this.#drawn = { rows: rows.map(cells), row, column };
-    }
-    write(process.stdout, out);
-  }
-  /** The prompt and the line as rows, no more than fit, and where the cursor is in them. */
-  #layOut(width: number): { rows: string[]; row: number; column: number } {
-    const { question, hidden } = this.#asking ?? { question: this.#prompt, hidden: false };
-    const [line, cursor] = hidden ? ["", 0] : [this.#readline.line, this.#readline.cursor];
-    const shown = (text: string) => graphemes(text).map((one) => clean(one)).join("");
-    const rows = rowsOf(question + shown(line), width);
-    const before = rowsOf(question + shown(line.slice(0, cursor)), width);
-    const most = Math.max(1, (process.stdout.rows || 24) - 1);
-    const top = Math.max(0, before.length - most);
-    return { rows: rows.slice(top, top + most), row: before.length - 1 - top, column: cells(before.at(-1) ?? "") };
-  }
-}
-/* =====================================================================================================================
- * Client
- * Connect, decide whether to trust, log in, talk; and again when the connection is lost, until somebody leaves. What is
- * said stays in the outbox until the server has acknowledged it. Each line has a number, by which the server knows one
- * that it has already.
- * ================================================================================================================== */
-
-export interface JoinOptions {
-  readonly host: string;
-  readonly port: number;
-  readonly screen: Screen;
-  readonly pin?: string | undefined; // the key that the server must have, whoever vouches for another
-  readonly nick?: string | undefined;
-  readonly password?: string | undefined;
-  readonly room?: string | undefined; // the one to talk in; the server's first
-  readonly ca?: string | undefined; // PEM text of the roots to trust instead of the runtime's
-  readonly timeoutMs?: number | undefined; // see LIMITS
-  readonly backOffMs?: (tries: number) => number; // how long to wait before connecting once more
-  readonly explain?: boolean; // tell what happens on the connection
-  readonly keylog?: boolean; // print the TLS keys to standard error
-}
-
-/** A connection to a server: lines in and out. */
-class Link {
-  readonly socket: tls.TLSSocket;
-  readonly certificate: crypto.X509Certificate | undefined;
-  trust = ""; // why the server is trusted
-  welcomedAt = 0; // when one was logged in, by the monotonic clock; 0 if one is not
-  ended = ""; // why the connection ended; empty while it has not
-  heard = now();
-  asked = false; // a PING has asked since
-  readonly caps = new Set<string>();
-  scram = false; // it is a server of ours, which knows SCRAM-SCRYPT-PLUS and numbered lines
-  explain: (text: string) => void = () => {};
-  readonly #lines: Line[] = [];
-  #wake: () => void = () => {};
-  constructor(socket: tls.TLSSocket) {
-    this.socket = socket;
-    this.certificate = socket.getPeerX509Certificate(); // once: Node 20 does not give it twice
-    const splitter = new Splitter(LIMITS.serverTagBytes);
-    socket.on("data", (chunk: Buffer) => {
-      this.heard = now();
-      this.asked = false;
-      this.explain(`read ${recorded(chunk.length)}`);
-      splitter.push(chunk);
-      for (let split; (split = splitter.next());) if (split.text) this.#take(parse(split.text));
-    });
-    socket.on("error", (error) => this.end(error.message));
-    socket.on("close", () => this.end("the server closed the connection"));
-  }
-  #take(line: Line): void {
-    if (line.command === "PING") return this.send("PONG", line.params);
-    if (line.command === "ERROR") return this.end(said(line));
-    this.#lines.push(line);
-    this.#wake();
-  }
-  end(why: string): void {
-    this.ended ||= why;
-    this.socket.destroy();
-    this.#wake();
-  }
-  send(command: string, params: readonly string[], tags: readonly Tag[] = []): void {
-    const line = `${format(command, params, "", tags)}\r\n`;
-    if (this.ended) return;
-    this.explain(`wrote ${recorded(Buffer.byteLength(line))}`);
-    this.socket.write(line);
-  }
-  facts(): string[] {
-    return [...facts(this.socket, this.certificate), this.trust && `trusted, because ${this.trust}`];
-  }
-  /** Sends a message of a SASL exchange. */
-  authenticate(message: string): void {
-    for (const piece of saslPieces(message)) this.send("AUTHENTICATE", [piece]);
-  }
-  /** The next line, of these commands if any are named. @throws {Fault} once the connection has ended. */
-  async next(...commands: readonly string[]): Promise<Line> {
-    for (;;) {
-      const line = this.#lines.shift();
-      if (line && (!commands.length || commands.includes(line.command))) return line;
-      if (!line && this.ended) throw new Lost(this.ended, "is the server still running?");
-      if (!line) await new Promise<void>((wake) => this.#wake = wake);
-    }
-  }
-}
-
-/** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
-const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
-  [/ECONNREFUSED|refused/i, "nobody listens there", `is the server running? ${CHAT} serve starts one`],
-  [/ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "there is no such host", "the line to join with is on the server's screen"],
-  [
-    /alert.*version|unsupported.protocol|protocol.version|HandshakeFailure/i,
-    "it does not know TLS 1.3",
-    "chat takes nothing older",
-  ],
-  [/no.application.protocol/i, "it knows TLS, but is no chat", "is it the right port?"],
-  [
-    /wrong.version|packet|record|corrupt|InvalidContentType|InvalidMessage/i,
-    "it is no TLS server",
-    "is it the right port?",
-  ],
-  [
-    /ECONNRESET|disconnected|closed/i,
-    "it closed the connection while TLS was set up",
-    "is it a chat server, and has it room?",
-  ],
-  [
-    /ETIMEDOUT|EHOSTUNREACH|ENETUNREACH|timed out|unreachable/i,
-    "nothing answers there",
-    "is there a firewall in between?",
-  ],
-];
-
-const isIp = (host: string) => /^[\d.]+$|:/.test(host);
-
-/** Opens a TLS connection. Whether to trust the server is decided afterwards, before anything is sent. */
-function connect({ host, port, ca, keylog }: JoinOptions): Promise<Link> {
-  return new Promise((resolve, reject) => {
-    const socket = tls.connect({
-      host,
-      port,
-      ALPNProtocols: ["irc"],
-      minVersion: "TLSv1.3",
-      rejectUnauthorized: false,
-      checkServerIdentity: () => undefined, // the chain is judged apart from the name
-      ...isIp(host) ? {} : { servername: host },
-      ...ca ? { ca } : {},
-    });
-    const fail = (why: string) => {
-      clearTimeout(timer);
-      const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
-      socket.destroy();
-      reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
-    };
-    const timer = setTimeout(() => fail("timed out"), LIMITS.handshakeMs);
-    socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
-    socket.on("close", () => fail("closed"));
-    if (keylog) socket.on("keylog", (line) => write(process.stderr, line));
-    socket.setNoDelay(true);
-    socket.once("secureConnect", () => {
-      clearTimeout(timer);
-      socket.removeAllListeners("error").removeAllListeners("close");
-      resolve(new Link(socket));
-    });
-  });
-}
-
-/** A room that one is in, or was when the connection was lost. */
-interface Entered {
-  readonly name: string;
-  readonly nicks: Map<string, string>; // who is in it, by folded nick
-  here: boolean; // it was entered on this connection
-  greeted: boolean;
-  last?: { readonly id: string; readonly time: number }; // the last message that was shown
-  topic?: string | undefined;
-  told?: string | undefined; // the last topic that was shown
-  asked?: "first" | "missed" | "more" | undefined; // its history was asked for: what is said meanwhile waits
-  held: Line[];
-}
-
-/** The capabilities that the client knows. */
-const WANTED = Object.keys(CAP).filter((name) => name !== "labeled-response" && name !== REGISTRATION);
-const HISTORY_SHOWN = 50; // messages, on joining
-/** What a server has to say, as the program says things itself. */
-const said = ({ params }: Line) =>
-  clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]* )/, (first) => first.toLowerCase());
-const nickOf = ({ source }: Line) => clean(source.split("!")[0] ?? "");
-const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
-const isYes = (answer = "") => /^y(es)?$/i.test(answer.trim());
-const named = (nicks: readonly string[], most: number) =>
-  nicks.slice(0, most).join(", ") + (nicks.length > most ? ` and ${nicks.length - most} more` : "");
-
-/** At once, then after 1, 2, 4 … 30 seconds, a little sooner or later than that. */
-const backOff = (tries: number) => tries ? Math.min(30, 2 ** (tries - 1)) * (750 + Math.random() * 500) : 0;
-
-/** Joins a chat, and stays until the person leaves. @returns the exit status. @throws {Fault} if there is no joining. */
-export const join = (options: JoinOptions): Promise<number> => new Client(options).run();
-
-class Client {
-  readonly options: JoinOptions;
-  readonly screen: Screen;
-  link: Link | undefined;
-  nick: string;
-  room: Entered | undefined; // where it is talked
-  wanted: string; // the room to talk in once it is entered
-  readonly rooms = new Map<string, Entered>();
-  readonly ignored = new Set<string>();
-  bell = true;
-  correspondent = ""; // who wrote privately last
-  #password: string | undefined; // until the keys are made of it
-  #keys: Keys | undefined;
-  #newKeys: Keys | undefined; // of a new password that the server has not confirmed
-  #pin: string | undefined; // of the key that was accepted: no other will do any more
-  #scram = false; // the server knew SCRAM: it is told no password any more
-  #wasIn = false;
-  #leaving = false;
-  #roomless = false; // one has left the last room
-  #draining = false; // there is no more input: it leaves when everything is sent
-  #progressAt = 0; // when the input ended, or the last line since was acknowledged
-  #tries = 0; // to connect, since a connection lasted
-  #slow = false; // a person was asked, and may have taken longer to answer than the server waited
-  #refused = 0;
-  readonly #outbox = new Map<number, readonly [command: string, target: string, text: string]>();
-  readonly #instance = crypto.randomBytes(9).toString("base64url");
-  #number = 0;
-  #mask = "x".repeat(100); // what the server puts before our lines, as their source; its length counts
-  #page: number = LIMITS.chathistory; // events that the server gives at once
-  readonly #seen = new Set<string>(); // ids of messages that were shown lately
-  #latest = 0; // the time of the latest
-  #known = 0; // up to this time nothing was missed
-  #asked = 0; // histories that were asked for and have not come yet
-  #day = "";
-  readonly #batches = new Map<string, { readonly type: string; readonly target: string; readonly lines: Line[] }>();
-  readonly #presence = { joined: new Set<string>(), left: new Set<string>() }; // until it is told
-  #stop: (status: number) => void = () => {};
-  #retry: () => void = () => {};
-  constructor(options: JoinOptions) {
-    this.options = options;
-    this.screen = options.screen;
-    this.nick = options.nick ?? "";
-    this.wanted = options.room ?? "";
-    this.#password = options.password;
-    this.#pin = options.pin;
-  }
-
-  async run(): Promise<number> {
-    this.screen.onInterrupt = () => this.leave();
-    this.screen.onEnd = () => {
-      this.#draining = true;
-      this.#progressAt = performance.now();
-      if (this.screen.kind !== "pipe" || (this.#wasIn && !this.#outbox.size)) this.leave();
-    };
-    if (this.screen.kind === "pipe") {
-      const person = process.stdin.isTTY; // of whom just the output goes into a pipe
-      this.screen.onLines = (lines) =>
-        person ? void this.entered(lines, false) : lines.filter(Boolean).forEach((line) => this.say("", line));
-    }
-    this.screen.onTab = (before) => this.#completions(before);
-    const timer = setInterval(() => this.#watch(), 1000);
-    try {
-      return await Promise.race([this.#talk(), new Promise<number>((stop) => this.#stop = stop)]);
-    } finally {
-      clearInterval(timer);
-      this.#leaving = true;
-      this.#retry();
-      this.link?.end("left");
-      if (this.#wasIn && this.#outbox.size) {
-        this.screen.note(`${plural(this.#outbox.size, "line was", "lines were")} not sent:`);
-        for (const [, target, text] of this.#outbox.values()) {
-          this.screen.note(`${target || this.room?.name || this.wanted} ${text}`);
-        }
-      }
-    }
-  }
-  get #status(): number {
-    return this.#outbox.size || this.#refused ? 1 : 0;
-  }
-  /** Leaves politely; at once if it is leaving already, or if there is nobody to be polite to. */
-  leave(): void {
-    const { link } = this;
-    if (this.#leaving || !this.#wasIn || !link || link.ended) return this.#stop(this.#wasIn ? this.#status : 1);
-    this.#leaving = true;
-    link.send("QUIT", []);
-    setTimeout(() => this.#stop(this.#status), 1000);
-  }
-  async #talk(): Promise<number> {
-    for (;;) {
-      let link: Link | undefined;
-      try {
-        link = this.link = await connect(this.options);
-        if (this.#leaving) link.end("left"); // meanwhile
-        if (this.#leaving) return this.#status;
-        await this.#trust(link);
-        await this.#logIn(link);
-        this.#slow = false;
-        for (;;) this.#handle(await link.next());
-      } catch (error) {
-        if (this.#leaving) return this.#status;
-        const lost = error instanceof Lost && (this.#wasIn || this.#slow && this.link?.ended);
-        if (!lost) throw error;
-        if (link?.welcomedAt) this.#connectionLost(link.welcomedAt, error.message);
-        if (!this.#slow) await this.#waitToRetry();
-        if (this.#leaving) return this.#status;
-        this.#slow = false;
-      }
-    }
-  }
-  #connectionLost(since: number, why: string): void {
-    if (performance.now() - since >= LIMITS.steadyMs) this.#tries = 0;
-    if (!this.#asked) this.#known = this.#latest;
-    this.#asked = 0;
-    for (const room of this.rooms.values()) room.here = false;
-    this.#batches.clear();
-    this.#showPrompt();
-    this.screen.note(`connection lost: ${why}; taking it up again`);
-  }
-  /** Waits before connecting again. A server that disconnects everybody at once must not be called without end. */
-  async #waitToRetry(): Promise<void> {
-    const { backOffMs = backOff } = this.options;
-    const delay = backOffMs(this.#tries++);
-    if (delay <= 0) return;
-    await new Promise<void>((retry) => {
-      const timer = setTimeout(retry, delay);
-      this.#retry = () => {
-        clearTimeout(timer);
-        retry();
-      };
-    });
-  }
-  /** Notices a connection that is dead without having ended, and that input which has ended cannot be sent. */
-  #watch(): void {
-    const { link, options: { timeoutMs = LIMITS.timeoutMs } } = this;
-    if (this.#draining && performance.now() - this.#progressAt > timeoutMs) {
-      this.screen.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
-      return this.#stop(1);
-    }
-    const silent = link && this.#wasIn ? now() - link.heard : 0;
-    if (silent > 2 * LIMITS.hushMs) link?.end("nothing heard for a minute");
-    else if (silent > LIMITS.hushMs && link && !link.asked) {
-      link.asked = true;
-      link.send("PING", ["there?"]);
-    }
-  }
-  reconnect(): void {
-    this.#tries = 0;
-    this.#retry();
-    this.link?.end("on your word");
-  }
-  #explain(...lines: readonly string[]): void {
-    for (const line of this.options.explain ? lines : []) this.screen.note(line);
-  }
-
-  // ---- Trusting
-
-  /** Decides whether this is the server that was meant, before a single byte is sent to it. */
-  async #trust(link: Link): Promise<void> {
-    const { host, port, ca } = this.options;
-    const { certificate } = link;
-    if (!certificate) throw new Fault("the server shows no certificate", "is it a chat server?", 3);
-    const pin = pinOf(certificate.publicKey);
-    if (this.#pin && pin !== this.#pin) {
-      const hint = "somebody may sit in the middle, or it was started anew without CHAT_SECRET: ask whoever runs it";
-      throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
-    }
-    const named = isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host);
-    const names = clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody";
-    const chain = link.socket.authorized ? undefined : "leads to no root that is trusted here";
-    const problem = outsideValidity(certificate) ?? chain ?? (named ? undefined : `is for ${names}`);
-    if (this.#pin) link.trust = "its key is the pinned one";
-    else if (!problem) link.trust = "its certificate leads to a trusted root and is for this name";
-    else if (/^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "")) {
-      this.screen.note(`${host} is this machine: took its key ${pin} unchecked`, "");
-      if (ca) this.screen.note(`its certificate ${problem}`, "");
-      link.trust = "it is on this machine";
-    } else {
-      const question = `The certificate of ${host} ${problem}. Which two groups end the key on the server's screen? `;
-      const answer = (await this.screen.ask(question))?.toLowerCase().replace(/[^a-z2-7]/g, "");
-      if (answer === undefined) {
-        const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
-        throw new Fault(`nobody vouches for this server: its certificate ${problem}`, hint, 3);
-      }
-      if (answer.length < 8 || !pin.replaceAll("-", "").endsWith(answer)) {
-        throw new Fault("that is not how the key of this server ends", "this may be another server than yours", 3);
-      }
-      link.trust = "somebody compared its key";
-      this.#slow = true;
-    }
-    if (problem) this.#pin = pin;
-    if (link.ended) throw new Lost(link.ended, "is the server still running?");
-    this.#explain(...link.facts());
-    if (this.options.explain) link.explain = (text) => this.#explain(text);
-  }
-
-  // ---- Logging in
-
-  /** Agrees on capabilities, logs in, and waits to be welcomed. */
-  async #logIn(link: Link): Promise<void> {
-    const late = setTimeout(() => link.end("it does not answer as a chat server does"), LIMITS.handshakeMs);
-    link.send("CAP", ["LS", "302"]);
-    const offered = new Map<string, string>();
-    for (let more = true; more;) {
-      const { command, params } = await link.next();
-      if (command.startsWith("HTTP/")) throw new Fault("this is a web server", "is it the right port?");
-      if (command !== "CAP" && !/^4\d\d$/.test(command)) continue;
-      more = command === "CAP" && params[2] === "*";
-      for (const one of params.at(-1)?.split(" ") ?? []) offered.set(one.split("=")[0] ?? "", one.split("=")[1] ?? "");
-    }
-    clearTimeout(late);
-    const caps = WANTED.filter((name) => offered.has(name));
-    if (caps.length) link.send("CAP", ["REQ", caps.join(" ")]);
-    if (caps.length && (await link.next("CAP")).params[1] === "ACK") caps.forEach((name) => link.caps.add(name));
-    const mechanisms = offered.has("sasl") ? (offered.get("sasl") || "PLAIN").split(",") : [];
-    link.scram = mechanisms.includes("SCRAM-SCRYPT-PLUS");
-    if (this.#scram && !link.scram) {
-      throw new Fault("this server could check passwords untold, and now wants to be told", "it may be another one", 3);
-    }
-    this.#scram ||= link.scram;
-    if (link.scram) await this.#logInByScram(link);
-    else await this.#logInElsewhere(link, mechanisms.includes("PLAIN"));
-    link.send("CAP", ["END"]);
-    for (;;) {
-      const line = await link.next();
-      if (line.command === "001") return this.#welcomed(link, clean(line.params[0] ?? this.nick));
-      if (/^4\d\d$/.test(line.command)) throw new Fault(said(line), `${CHAT} join NICK@HOST takes another nick`);
-    }
-  }
-  /** Asks a person. If that takes longer than the server waits, everything begins anew, with the answer. */
-  async #ask(question: string, hint: string, hidden = false): Promise<string> {
-    const answer = await this.screen.ask(question, hidden);
-    if (answer === undefined && this.screen.kind === "pipe") throw new Fault("there is nobody to ask", hint, 2);
-    if (answer === undefined) throw new Fault("cancelled");
-    this.#slow = true;
-    return answer;
-  }
-  /** Introduces itself, after asking for what is missing. */
-  async #introduce(link: Link, withPassword: boolean): Promise<void> {
-    while (!isNick(this.nick)) {
-      if (this.nick) this.screen.note(REFUSALS["bad nick"]);
-      this.nick = (await this.#ask("Nick: ", `${CHAT} join NICK@HOST`)).trim();
-    }
-    if (withPassword && !this.#keys) {
-      while (!this.#password) this.#password = await this.#ask("Password: ", "CHAT_PASSWORD sets it", true);
-    }
-    link.send("NICK", [this.nick]);
-    link.send("USER", [this.nick, "0", "*", this.nick]);
-  }
-  async #logInByScram(link: Link): Promise<void> {
-    for (let result = ""; result !== "in";) {
-      await this.#introduce(link, true);
-      result = await this.#prove(link);
-      if (result === "unknown") await this.#register(link);
-      else if (result !== "in") {
-        if (this.options.password !== undefined) throw new Fault(result, "another nick, or another password");
-        this.screen.note(result);
-        if (link.ended) throw new Fault(link.ended, "try again later");
-        this.#password = this.#keys = undefined;
-      }
-    }
-    this.#password = undefined; // the keys are all that is needed from now on
-  }
-  /** SCRAM-SCRYPT-PLUS: "in", "unknown" if there is no such account, or what went wrong. */
-  async #prove(link: Link): Promise<string> {
-    const binding = sha256(link.certificate?.raw ?? "");
-    const scram = scramClient(this.nick, (salt) => this.#keysFor(salt), binding);
-    let { value: message } = await scram.next();
-    link.send("AUTHENTICATE", ["SCRAM-SCRYPT-PLUS"]);
-    await link.next("AUTHENTICATE", "904");
-    for (;;) {
-      link.authenticate(String(message));
-      const line = await link.next("AUTHENTICATE", "904");
-      if (line.command === "904") { // not because of the password
-        const why = said(line).replace(/^.*: ./, (head) => head.slice(-1).toLowerCase());
-        throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
-      }
-      const answer = fromBase64(line.params[0]).toString();
-      if (answer === "e=channel-bindings-dont-match") {
-        throw new Fault(
-          "somebody sits between you and the server",
-          "the certificate that you see is not the server's",
-          3,
-        );
-      }
-      if (answer.startsWith("e=")) await link.next("904");
-      if (answer === "e=unknown-user") return "unknown";
-      if (answer.startsWith("e=")) return `${this.nick} is registered here, and not with this password`;
-      const step = await scram.next(answer);
-      if (!step.done) {
-        this.#explain(
-          "the server gave its salt and a number; we prove the password by an answer that fits this connection only",
-        );
-        message = step.value;
-        continue;
-      }
-      if (!step.value) {
-        throw new Fault("this server does not know the password", "it may stand in for the right one", 3);
-      }
-      this.#explain("the server proved that it knows the password's verifier; neither side told the other a secret");
-      link.send("AUTHENTICATE", ["+"]);
-      await link.next("903");
-      return "in";
-    }
-  }
-  async #keysFor(salt: Buffer): Promise<Keys> {
-    if (this.#keys?.salt.equals(salt)) return this.#keys;
-    this.#password ??= await this.#ask(`Password of ${this.nick}: `, "it was changed: join anew", true);
-    return this.#keys = await deriveKeys(this.#password, salt);
-  }
-  /** Registers the nick with a verifier; the password itself stays here. */
-  async #register(link: Link): Promise<void> {
-    if (this.#wasIn) this.screen.note(`the server has forgotten the account ${this.nick}; told it again`);
-    else if (this.options.password === undefined) {
-      const question = `No account ${this.nick} here yet. The same password again registers it: `;
-      if (await this.#ask(question, "", true) !== this.#password) {
-        this.#password = undefined;
-        return this.screen.note("these were two different passwords; nothing is registered");
-      }
-    }
-    this.#keys ??= await deriveKeys(this.#password ?? "");
-    link.send("REGISTER", ["*", "*", formatVerifier(verifierOf(this.#keys))]);
-    const line = await link.next("REGISTER", "FAIL");
-    if (line.params[0] === "SUCCESS") {
-      return this.#explain("registered: the server keeps a verifier, and was not told the password");
-    }
-    if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by ourselves, before the connection broke
-    this.#keys = undefined;
-    const why = said(line);
-    if (this.options.nick || this.screen.kind === "pipe") {
-      throw new Fault(why, `${CHAT} join NICK@HOST takes another nick`);
-    }
-    this.screen.note(why);
-    this.nick = "";
-  }
-  /** Logs in to a server that is not one of ours: with a password if there is one, after asking whether to tell it. */
-  async #logInElsewhere(link: Link, plain: boolean): Promise<void> {
-    if (plain) this.#password ??= await this.screen.ask("Password (empty for none): ", true) ?? "";
-    if (this.#password && !this.#wasIn && !/pinned|root/.test(link.trust)) {
-      const answer = await this.screen.ask(
-        "Nobody vouches for this server, and it is told the password. Go on? (yes/no) ",
-      );
-      const hint = `${CHAT} join HOST:PORT/PIN vouches for it`;
-      if (!isYes(answer)) throw new Fault("a password is told only to a server that somebody vouches for", hint, 3);
-    }
-    if (this.#password && !plain) link.send("PASS", [this.#password]);
-    await this.#introduce(link, false);
-    if (!this.#password || !plain) return;
-    link.send("AUTHENTICATE", ["PLAIN"]);
-    await link.next("AUTHENTICATE");
-    link.authenticate(`\0${this.nick}\0${this.#password}`);
-    if ((await link.next("903", "904")).command === "904") throw new Fault("wrong password", "CHAT_PASSWORD sets it");
-  }
-
-  // ---- Saying
-
-  /** Takes what was entered. A slash begins a command, in a paste only if a person says so; a pipe brings text alone. */
-  async entered(lines: readonly string[], pasted: boolean): Promise<void> {
-    const texts = lines.filter((line) => line.trim());
-    const how = pasted ? await this.#howToTake(texts) : "run";
-    for (const text of how ? texts : []) {
-      const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
-      if (slash === undefined || pasted && !(how === "run" && isCommand(text))) this.say("", text);
-      else if (slash) this.say("", text.slice(1));
-      else await this.#command(name.toLowerCase(), rest.trim());
-    }
-  }
-  /** Whether to say the lines of a paste, or to run the commands among them; undefined if neither. */
-  async #howToTake(texts: readonly string[]): Promise<"say" | "run" | undefined> {
-    const { screen } = this;
-    const waiting = this.#outbox.size;
-    if (texts.length + waiting > LIMITS.outbox) {
-      const many = plural(texts.length, "line is", "lines are");
-      return void screen.note(`${many} too many, with ${waiting} waiting to be sent; nothing of it is sent`);
-    }
-    const [command, ...more] = texts.filter(isCommand);
-    let how = "say";
-    if (command !== undefined) {
-      const commands = `"${cut(command, 60)}"${
-        more.length ? ` and ${plural(more.length, "more command", "more commands")}` : ""
-      }`;
-      const room = this.room?.name ?? this.wanted;
-      const all = texts.length > 1 ? `all ${texts.length} pasted lines` : "it";
-      const answer = await screen.ask(`Run the pasted ${commands}, or say ${all} in ${room}? (run/say/no) `);
-      how = answer?.trim().toLowerCase() ?? "";
-    } else if (texts.length > 5 && !isYes(await screen.ask(`Send these ${texts.length} lines? (yes/no) `))) how = "no";
-    if (how === "run" || how === "say") return how;
-    return void screen.note("nothing is sent");
-  }
-  #command(name: string, rest: string): void | Promise<void> {
-    const row = rowOf(SLASH, name);
-    if (!row) {
-      return this.screen.note(
-        `there is no /${name}; did you mean /${nearest(name, Object.keys(SLASH))}? /help lists all`,
-      );
-    }
-    if (/^[^[]/.test(row.usage) && !rest) return this.screen.note(`/${name} ${row.usage}: ${row.about}`);
-    return row.run(this, rest);
-  }
-  /** Says something to a room or a nick, here if none is named; what is too long for one line in several. */
-  say(target: string, text: string, command = "PRIVMSG", around = (piece: string) => piece): void {
-    const to = target || this.room?.name || this.wanted;
-    if (!to && this.#roomless) return this.screen.note("you are in no room: /join #ROOM enters one");
-    const space = LIMITS.bodyBytes - 2 - Buffer.byteLength(`:${this.#mask} ${command} ${to} :${around("")}`);
-    const bytes = (char: string) => Buffer.byteLength(char);
-    const chars = graphemes(text.replace(/[\0\r\n]/g, " ")).flatMap((one) => bytes(one) > space ? [...one] : [one]);
-    for (const piece of pieces(chars, space, bytes)) {
-      if (this.#outbox.size >= LIMITS.outbox && this.screen.kind !== "pipe") {
-        return this.screen.note("too much waits; dropped");
-      }
-      this.#outbox.set(++this.#number, [command, target || this.room?.name || "", around(piece)]);
-      if (this.#online) this.#transmit(this.#number);
-    }
-    this.#showPrompt();
-  }
-  /** Sends a line of the outbox. It stays there until the server has said that it has it. */
-  #transmit(number: number): void {
-    const [command = "", target = "", text = ""] = this.#outbox.get(number) ?? [];
-    const { link, room: { name: here } = { name: "" } } = this;
-    if (!link || !(target || here)) return;
-    const params = [target || here, text];
-    link.send(command, params, link.caps.has("message-tags") ? [[ONCE, `${this.#instance}-${number}`]] : []);
-    if (!link.scram) link.send("PING", [`${ONCE}=${number}`]); // servers that are not ours know no numbers
-    if (!link.caps.has("echo-message")) this.#show(parse(format(command, params, this.#mask)));
-  }
-  /** The server has executed a line, or refused it. */
-  #acknowledged(number: number): void {
-    this.#outbox.delete(number);
-    this.#progressAt = performance.now();
-    this.#showPrompt();
-    if (this.#draining && !this.#outbox.size) this.leave();
-  }
-
-  // ---- Hearing
-
-  #handle(line: Line): void {
-    const once = line.tags.get(ONCE)?.split(/-(?=\d+$)/) ?? [];
-    if (once[0] === this.#instance) {
-      if (/^([45]\d\d|FAIL)$/.test(line.command)) this.#refused++;
-      this.#acknowledged(Number(once[1]));
-    }
-    const batch = this.#batches.get(line.tags.get("batch") ?? "");
-    if (batch && line.command !== "BATCH") batch.lines.push(line);
-    else this.#dispatch(line);
-  }
-  #dispatch(line: Line): void {
-    const [first = "", second = "", third = ""] = line.params;
-    const room = this.rooms.get(fold(first));
-    const nick = nickOf(line);
-    const mine = fold(nick) === fold(this.nick);
-    const text = line.params.slice(1).map(clean).join(" ");
-    switch (line.command) {
-      case "PRIVMSG":
-      case "NOTICE":
-        return room?.asked ? void room.held.push(line) : this.#show(line);
-      case "BATCH":
-        if (first.startsWith("-")) return this.#batchEnded(first.slice(1));
-        return void this.#batches.set(first.slice(1), { type: second, target: third, lines: [] });
-      case "JOIN":
-        return mine ? this.#entered(first, line.source) : room && this.#cameOrWent(room, nick, "joined");
-      case "PART":
-        return room && (mine ? this.#parted(room) : this.#cameOrWent(room, nick, "left"));
-      case "KICK":
-        return room && fold(second) === fold(this.nick) ? this.#parted(room) : undefined;
-      case "QUIT":
-        return this.rooms.forEach((one) => this.#cameOrWent(one, nick, "left"));
-      case "NICK":
-        for (const { nicks } of this.rooms.values()) if (nicks.delete(fold(nick))) nicks.set(fold(first), clean(first));
-        if (mine) this.nick = clean(first);
-        return;
-      case "TOPIC":
-        if (room) room.topic = second;
-        return this.#tellTopic(line);
-      case "332":
-        if (this.rooms.has(fold(second))) Object.assign(this.rooms.get(fold(second)) ?? {}, { topic: third });
-        return;
-      case "353":
-        for (const name of (line.params[3] ?? "").split(" ").filter(Boolean)) {
-          const one = clean(name.replace(/^[@+%&~!]+/, "").split("!")[0] ?? "");
-          this.rooms.get(fold(third))?.nicks.set(fold(one), one);
-        }
-        return;
-      case "366":
-        return this.#greet(this.rooms.get(fold(second)));
-      case "322":
-        return this.screen.note(`${second}: ${third} in it${line.params[3] ? `; ${line.params[3]}` : ""}`);
-      case "005":
-        this.#page = Math.min(this.#page, Number(/ CHATHISTORY=(\d+)/.exec(text)?.[1] || this.#page));
-        return;
-      case "PONG":
-        return second.startsWith(`${ONCE}=`) ? this.#acknowledged(Number(second.split("=")[1])) : undefined;
-      case "NOTE":
-      case "FAIL":
-        if (first === "PASS" && line.command === "NOTE") this.#keys = this.#newKeys;
-        return this.screen.note(said(line));
-    }
-    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) {
-      this.screen.note([...line.params.slice(1, -1).map(clean), said(line)].join(": "));
-    }
-    if (!/^4/.test(line.command) || !this.wanted || fold(second) !== fold(this.wanted)) return;
-    if (this.screen.kind === "pipe") throw new Fault(text, "--room names another room", 2);
-    this.wanted = "";
-  }
-  #welcomed(link: Link, nick: string): void {
-    this.nick = nick;
-    if (link.scram) this.#mask = source(nick);
-    const names = [...this.rooms.values()].map(({ name }) => name);
-    if (this.wanted) names.push(this.wanted);
-    else if (!names.length && !link.scram && !this.#roomless) names.push("#chat");
-    for (const name of names) link.send("JOIN", [name]);
-    if (this.#wasIn && link.caps.has("draft/chathistory")) { // private messages may have been missed
-      this.#askHistory("TARGETS", this.#since, `timestamp=${new Date(now() + 86_400_000).toISOString()}`);
-    }
-    this.#known ||= now();
-    this.#wasIn = true;
-    link.welcomedAt = performance.now();
-    for (const number of this.#roomless ? this.#outbox.keys() : []) this.#transmit(number);
-    if (this.screen.kind !== "pipe") this.screen.onLines = (lines, pasted) => void this.entered(lines, pasted);
-  }
-  #entered(name: string, source: string): void {
-    const { link } = this;
-    const fresh: Entered = { name, nicks: new Map(), here: true, greeted: false, held: [] };
-    const room = this.rooms.get(fold(name)) ?? fresh;
-    this.rooms.set(fold(name), room);
-    room.nicks.clear();
-    room.here = true;
-    room.topic = undefined; // 332 follows if there is one
-    this.#mask = source;
-    const fromNow = this.screen.kind === "pipe" && !room.last; // a script does not hear what was said before
-    if (fromNow) room.last = { id: "", time: this.#latest || now() };
-    if (this.wanted ? fold(this.wanted) === fold(name) : !this.room) {
-      this.wanted = "";
-      this.room = room;
-      this.#roomless = false;
-    }
-    if (link?.caps.has("draft/chathistory") && !fromNow) {
-      room.asked = room.last ? "missed" : "first";
-      const since = new Date((room.last?.time ?? 1) - 1).toISOString(); // with the last one once more, or there is a gap
-      if (room.last) this.#askHistory("AFTER", name, `timestamp=${since}`);
-      else this.#askHistory("LATEST", name, "*");
-    }
-    for (const number of room === this.room ? this.#outbox.keys() : []) this.#transmit(number);
-    if (room === this.room && this.#draining && !this.#outbox.size) this.leave();
-    this.#showPrompt();
-  }
-  #askHistory(...params: readonly string[]): void {
-    this.#asked++;
-    this.link?.send("CHATHISTORY", [...params, String(this.#page)]);
-  }
-  /** The time since when something may have been missed; what is of that very millisecond is told once more. */
-  get #since(): string {
-    return `timestamp=${new Date(this.#known - 1).toISOString()}`;
-  }
-  /** Tells that one is in a room, once its names and its history are there. */
-  #greet(room: Entered | undefined): void {
-    if (!room || room.asked) return;
-    const { screen } = this;
-    const here = named([...room.nicks.values()].filter((nick) => fold(nick) !== fold(this.nick)), 12);
-    const name = clean(room.name);
-    if (room.topic && room.topic !== room.told && !room.greeted) screen.note(`topic of ${name}: ${clean(room.topic)}`);
-    if (room.greeted) screen.note(`back in ${name}`);
-    else if (screen.kind === "pipe" || this.rooms.size > 1) {
-      screen.note(`in ${name} as ${this.nick}; here: ${here || "nobody else"}`);
-    } else {
-      const who = here ? `Here: ${here}.` : "Nobody else is here yet.";
-      screen.say("", `Welcome to ${name}, ${this.nick}. ${who} /help lists what you can type, /exit leaves.`);
-    }
-    room.greeted = true;
-  }
-  /** A batch is complete: of a log, or of the talks in which something was missed. */
-  #batchEnded(name: string): void {
-    const { type, target, lines } = this.#batches.get(name) ?? { type: "", target: "", lines: [] };
-    this.#batches.delete(name);
-    if (type.includes("chathistory")) this.#asked = Math.max(0, this.#asked - 1);
-    if (type === "chathistory") return this.#showHistory(target, lines);
-    if (type !== "draft/chathistory-targets") return lines.forEach((line) => this.#dispatch(line));
-    for (const { params: [, nick = "#"] } of lines) {
-      if (!nick.startsWith("#")) this.#askHistory("AFTER", nick, this.#since);
-    }
-  }
-  #showHistory(target: string, lines: readonly Line[]): void {
-    const room = this.rooms.get(fold(target));
-    const { asked, last } = room ?? { asked: "more", last: undefined };
-    if (asked === "missed" && last?.id && !lines.some(({ tags }) => tags.get("msgid") === last?.id)) {
-      this.screen.note("something may be missing here: the server no longer has it");
-    }
-    const messages = lines.filter(({ command }) => command === "PRIVMSG" || command === "NOTICE");
-    const from = asked === "first" ? messages.at(-HISTORY_SHOWN) : undefined;
-    for (const line of from ? lines.slice(lines.indexOf(from)) : lines) {
-      const nick = nickOf(line);
-      if (line.command === "PRIVMSG" || line.command === "NOTICE") {
-        this.#show(line, !asked || asked === "first", !asked);
-      } else if (line.command === "TOPIC") this.#tellTopic(line);
-      else if (fold(nick) !== fold(this.nick)) this.#notePresence(nick, line.command === "JOIN" ? "joined" : "left");
-    }
-    this.#tellPresence();
-    const id = lines.at(-1)?.tags.get("msgid");
-    if ((asked === "missed" || asked === "more") && lines.length >= this.#page && id) {
-      if (room) room.asked = "more";
-      return this.#askHistory("AFTER", target, `msgid=${id}`);
-    }
-    if (!room || !asked) return;
-    room.asked = undefined;
-    this.#greet(room);
-    for (const line of room.held.splice(0)) this.#show(line);
-  }
-  #tellTopic(line: Line): void {
-    const [name = "", topic = ""] = line.params.map(clean);
-    Object.assign(this.rooms.get(fold(line.params[0] ?? "")) ?? {}, { told: line.params[1] });
-    this.screen.note(
-      `${nickOf(line)} ${topic ? `set the topic of ${name}: ${topic}` : `removed the topic of ${name}`}`,
-    );
-  }
-  #cameOrWent(room: Entered, nick: string, how: "joined" | "left"): void {
-    const known = room.nicks.has(fold(nick));
-    if (how === "joined") room.nicks.set(fold(nick), nick);
-    else room.nicks.delete(fold(nick));
-    if (known === (how === "joined") || room !== this.room || room.asked) return;
-    const { joined, left } = this.#presence;
-    if (!joined.size && !left.size) setTimeout(() => this.#tellPresence(), 300);
-    this.#notePresence(nick, how);
-  }
-  #notePresence(nick: string, how: "joined" | "left"): void {
-    if (!this.#presence[how === "joined" ? "left" : "joined"].delete(nick)) this.#presence[how].add(nick);
-  }
-  /** Tells who came and who went: in one line, however many. */
-  #tellPresence(): void {
-    const told = Object.entries(this.#presence).filter(([, nicks]) => nicks.size)
-      .map(([how, nicks]) => `${named([...nicks], 5)} ${how}`);
-    for (const nicks of Object.values(this.#presence)) nicks.clear();
-    if (told.length && this.screen.kind !== "pipe") this.screen.note(told.join("; "));
-  }
-  #parted(room: Entered): void {
-    this.rooms.delete(fold(room.name));
-    this.screen.note(`you left ${clean(room.name)}`);
-    if (room === this.room) this.room = [...this.rooms.values()].at(-1);
-    this.#roomless = !this.room;
-    this.#showPrompt();
-  }
-  turnTo(room: Entered): void {
-    this.room = room;
-    this.#showPrompt();
-  }
-  /** Whether what is said goes to the server at once: the room is entered, or one has left the last. */
-  get #online(): boolean {
-    return Boolean(this.link?.welcomedAt) && !this.link?.ended && (this.room?.here ?? this.#roomless);
-  }
-  #showPrompt(): void {
-    const { size } = this.#outbox; // a few are always under way
-    const waiting = size > (this.#online ? 20 : 0) ? `${size} waiting` : "";
-    const state = [this.#wasIn && !this.#online && "offline", waiting].filter(Boolean).join(", ");
-    this.screen.prompt = `${state && `[${state}] `}${clean(this.room?.name ?? "")}> `;
-  }
-  /** Shows a message; `dim` if it is old, and `again` even if it was shown before. */
-  #show(line: Line, dim = false, again = false): void {
-    const { screen, rooms, nick: me } = this;
-    const [target = "", raw = ""] = line.params;
-    const [id, nick, room] = [line.tags.get("msgid"), nickOf(line), rooms.get(fold(target))];
-    const time = Date.parse(line.tags.get("time") ?? "") || now();
-    if (id && this.#seen.has(id) && !again) return;
-    if (room && id) room.last = { id, time };
-    this.#latest = Math.max(this.#latest, time);
-    if (id) this.#seen.add(id);
-    const [oldest = ""] = this.#seen;
-    if (this.#seen.size > 5000) this.#seen.delete(oldest);
-    const act = raw.startsWith("\x01ACTION ") ? raw.slice(8).replace("\x01", "") : undefined;
-    const mine = fold(nick) === fold(me);
-    if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && act === undefined)) return;
-    const text = clean(act ?? raw);
-    if (!line.source.includes("!")) return screen.note(`${nick}: ${text}`);
-    if (screen.kind === "pipe") {
-      if (!mine) screen.say(`${new Date(time).toISOString()}\t${nick}\t`, act === undefined ? text : `/me ${text}`);
-      return;
-    }
-    this.#tellPresence();
-    const day = new Date(time).toDateString();
-    if (this.#day && day !== this.#day) screen.note(day);
-    this.#day = day;
-    if (!room && !mine) this.correspondent = nick;
-    const called = !mine && !dim &&
-      (!room || new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text));
-    if (this.bell && called) screen.bell();
-    const longest = Math.max(5, ...[...this.room?.nicks.values() ?? []].map(cells));
-    const padding = " ".repeat(Math.max(0, Math.min(12, screen.columns >> 3, longest) - cells(nick)));
-    const elsewhere = room && room !== this.room ? `${clean(room.name)} ` : "";
-    const who = room ? screen.nick(nick) : `${screen.nick(nick)} > ${screen.nick(clean(target))}`;
-    const head = `${screen.paint(2, clock(time))} ${elsewhere}${
-      act === undefined ? who + (room ? padding : "") : `* ${who}`
-    } `;
-    screen.say(head, text, dim ? 2 : called && room ? 1 : "");
-  }
-
-  // ---- Typing
-
-  /** What could stand in the place of the text before the cursor: with its last word completed. */
-  #completions(before: string): readonly string[] {
-    const [, start = "", word = ""] = /^(.* )?([^ ]*)$/s.exec(before) ?? [];
-    const nicks = [...this.room?.nicks.values() ?? []].map((nick) => start ? `${nick} ` : `${nick}: `);
-    const commands = start ? [] : Object.keys(SLASH).map((name) => `/${name} `);
-    const all = [...commands, ...[...this.rooms.values()].map(({ name }) => `${name} `), ...nicks];
-    return word ? all.filter((one) => fold(one).startsWith(fold(word))).map((one) => start + one) : [];
-  }
-  async changePassword(): Promise<void> {
-    if (!this.link?.scram) return this.screen.note("this server has no way to do that");
-    const password = await this.screen.ask("New password: ", true);
-    const again = password && await this.screen.ask("The same again: ", true);
-    if (!password || again === undefined) return this.screen.note("nothing is changed");
-    if (password !== again) {
-      this.screen.note("these were two different passwords");
-      return this.changePassword();
-    }
-    this.#newKeys = await deriveKeys(password);
-    this.link.send("PASS", [formatVerifier(verifierOf(this.#newKeys))]);
-  }
-}
-
-/** Whether a text would be run if it was typed. */
-const isCommand = (text: string) => rowOf(SLASH, /^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
-
-/** The known word that is nearest to another: by the letters to insert, remove or replace. */
+/** The known word that is nearest to another by Levenshtein distance. */
 function nearest(word: string, known: readonly string[]): string {
   const distance = (other: string) =>
     [...word].reduce((row, letter, at) => {
@@ -3628,100 +2362,2014 @@ function nearest(word: string, known: readonly string[]): string {
   return known.toSorted((one, other) => distance(one) - distance(other))[0] ?? "";
 }
 
-/** What a person types after a slash. */
-type Slash = (client: Client, rest: string) => void | Promise<void>;
-const slash = (usage: string, about: string, run: Slash): Row<Slash> => ({ usage, about, run });
-const exit = slash("", "leave", (client) => client.leave());
+/** What an operator's command does; it returns what to show. */
+type ConsoleCommand = (server: Server, nick: string, rest: string) => string | readonly string[];
 
-export const SLASH: Table<Slash> = {
-  exit,
-  quit: exit,
-  help: slash("[COMMAND]", "tell what you can type", ({ screen }, rest) => {
-    const name = rest.replace(/^\//, "");
-    const row = rowOf(SLASH, name);
-    for (const line of rows(row ? { [name]: row } : SLASH, "/")) screen.note(line);
-    if (!row) screen.note("//TEXT               say something that begins with a slash");
-  }),
-  who: slash("", "list who is in this room", ({ screen, room }) => {
-    const nicks = [...room?.nicks.values() ?? []];
-    screen.note(
-      `${plural(nicks.length, "person", "people")} in ${clean(room?.name ?? "no room")}: ${nicks.join(", ")}`,
-    );
-  }),
-  msg: slash("NICK TEXT", "say something to one person", (client, rest) => {
-    const [nick = "", text] = rest.split(/ +(.*)/s);
-    return text ? client.say(nick, text) : client.screen.note("/msg NICK TEXT: say what?");
-  }),
-  r: slash(
-    "TEXT",
-    "answer who wrote to you last",
-    (client, rest) =>
-      client.correspondent
-        ? client.say(client.correspondent, rest)
-        : client.screen.note("nobody has written to you yet"),
-  ),
-  me: slash(
-    "TEXT",
-    "say what you do",
-    (client, rest) => client.say("", rest, "PRIVMSG", (one) => `\x01ACTION ${one}\x01`),
-  ),
-  join: slash("#ROOM", "enter a room, or turn to it", (client, rest) => {
-    const name = rest.replace(/^#?/, "#").replace(/ .*/, "");
-    const room = client.rooms.get(fold(name));
-    if (room) return client.turnTo(room);
-    client.wanted = name;
-    client.link?.send("JOIN", [name]);
-  }),
-  part: slash("", "leave this room", ({ link, room }) => room && link?.send("PART", [room.name])),
-  topic: slash(
-    "[TEXT]",
-    "show or set the room's topic",
-    ({ link, room, screen }, rest) => {
-      if (!room) return screen.note("you are in no room");
-      if (rest) return link?.send("TOPIC", [room.name, rest]);
-      const name = clean(room.name);
-      screen.note(room.topic ? `topic of ${name}: ${clean(room.topic)}` : `${name} has no topic`);
-    },
-  ),
-  rooms: slash("", "list the rooms", ({ link }) => link?.send("LIST", [])),
-  history: slash("[N]", "show what was said, N lines of it", ({ link, room, screen }, rest) => {
-    if (!link?.caps.has("draft/chathistory")) return screen.note("this server keeps no history");
-    link.send("CHATHISTORY", ["LATEST", room?.name ?? "*", "*", String(Number(rest) || HISTORY_SHOWN)]);
-  }),
-  ignore: slash("NICK", "hide what somebody says, or show it again", ({ ignored, screen }, rest) => {
-    const hidden = !ignored.delete(fold(rest)) && ignored.add(fold(rest));
-    screen.note(`${rest} is ${hidden ? "ignored" : "heard again"}`);
-  }),
-  bell: slash("on|off", "ring when you are named", (client, rest) => {
-    client.bell = rest !== "off";
-    client.screen.note(`the bell is ${client.bell ? "on" : "off"}`);
-  }),
-  tls: slash(
+/** A time of day for people, `HH:MM`. */
+const clockTime = (time: number) => new Date(time).toTimeString().slice(0, 5);
+
+export const CONSOLE: Table<ConsoleCommand> = {
+  who: row(
     "",
-    "tell about the connection",
-    ({ link, screen }) => (link?.ended ? ["not connected"] : link?.facts())?.forEach((fact) => screen.note(fact)),
+    "who is here, from where, since when, idle for how long",
+    (server) =>
+      server.presentMembers.map((member) => {
+        const from = Array.from(member.sessions, ({ address, since }) => `${address} since ${clockTime(since)}`);
+        const where = from.join(", ") || "connection lost";
+        return `${member.nick.padEnd(LIMITS.nick)} ${where}, idle ${idleSeconds(server, member)} s`;
+      }),
   ),
-  password: slash("", "change your password", (client) => client.changePassword()),
-  reconnect: slash("", "connect anew, now", (client) => client.reconnect()),
-  clear: slash("", "clear the screen", ({ screen }) => screen.clear()),
+  say: row("TEXT", "say something to everybody", (server, first, rest) => {
+    const text = `${first} ${rest}`.trim();
+    for (const room of server.rooms.values()) deliver(server.happens(room, "NOTICE", SERVER, text), room.members);
+    return "said";
+  }),
+  kick: row("NICK [REASON]", "end somebody's connections and keep the account out", (server, nick, rest) => {
+    const member = server.accounts.find(nick);
+    if (!member) return `no account ${nick}`;
+    server.accounts.barred.add(fold(nick));
+    server.kick(member, rest ? `Kicked: ${rest}` : "Kicked by the operator");
+    return `${member.nick} is out, and stays out until /admit ${member.nick}`;
+  }),
+  lock: row("", "stop registration", (server) => setRegistration(server, false)),
+  unlock: row("", "let everybody register again", (server) => setRegistration(server, true)),
+  admit: row("NICK", "let a nick register though locked, or back in after /kick", ({ accounts }, nick) => {
+    accounts.barred.delete(fold(nick));
+    accounts.admitted.add(fold(nick));
+    return `${nick} may come in`;
+  }),
+  forget: row("NICK", "delete an account", (server, nick) => {
+    const member = server.accounts.find(nick);
+    if (member) server.forget(member);
+    return member ? `${nick} is no account any more` : `no account ${nick}`;
+  }),
 };
 
-/** A table as help: a line for each row. */
-function rows(table: Table<unknown>, dash: string): string[] {
-  return Object.entries(table).map(([name, row]) => `${`${dash}${name} ${row?.usage}`.padEnd(20)} ${row?.about}`);
+/** Opens or closes registration, and notifies the clients that asked for it (IRCv3 cap-notify). */
+function setRegistration(server: Server, open: boolean): string {
+  server.accounts.closed = !open;
+  const change = open ? ["NEW", `${REGISTRATION}=before-connect`] : ["DEL", REGISTRATION];
+  for (const session of server.sessions) {
+    if (session.has("cap-notify")) session.reply(format("CAP", [session.nick, ...change], SERVER));
+  }
+  return open ? "everybody can register again" : "nobody can register now, but those whom you /admit";
 }
+
+/** Runs a line that the operator typed, with or without a slash. @returns what to show */
+function runConsoleLine(server: Server, table: Table<ConsoleCommand>, line: string): readonly string[] {
+  const [, name = "", first = "", rest = ""] = /^\/?([^ ]*) *([^ ]*) *(.*)$/s.exec(line.trim()) ?? [];
+  const found = rowOf(table, name);
+  if (!name) return [];
+  if (name === "help") return helpLines(table, "/");
+  if (!found) return [`there is no /${name}; did you mean /${nearest(name, [...Object.keys(table), "help"])}?`];
+  if (found.usage && !first) return [`/${name} ${found.usage}: ${found.about}`];
+  return [found.run(server, first, rest)].flat();
+}
+
 /* =====================================================================================================================
- * Main
- * The command line: what it takes is a table, and help is made from it. Secrets come by environment, never by argument.
+ * Listener
+ * Sockets and TLS. Each connection that completes a handshake becomes a session; how much the others may cost is
+ * bounded here.
  * ================================================================================================================== */
 
-/** How the value of an option is read; undefined if it is no good. An option without that takes no value. */
+export interface ServeOptions extends ServerOptions {
+  readonly host: string;
+  readonly port: number; // 0 for any that is free
+  readonly identity: Identity;
+  readonly keylog?: ((line: Buffer) => void) | undefined; // takes the TLS keys
+}
+
+export interface Serving {
+  readonly server: Server;
+  readonly port: number;
+  /** Notifies everybody, writes out the queues and closes. */
+  stop(reason: string): Promise<void>;
+}
+
+/**
+ * Opens a room: listens for TLS 1.3 and serves the clients that connect.
+ * @throws {Fault} if it cannot listen there
+ * @example const { port, stop } = await serve({ host: "127.0.0.1", port: 0, identity: makeIdentity({}) });
+ */
+export async function serve({ host, port, identity, keylog, ...options }: ServeOptions): Promise<Serving> {
+  const { key, cert, binding } = identity;
+  const warning = "This server prints its TLS keys, for a class: whoever has them can read along";
+  const server = new Server({ ...options, binding, ...keylog && { warning } });
+  const sockets = new Map<tls.TLSSocket, () => void>(); // with the check of their silent bytes
+  const rawSockets = new Map<string, tls.TLSSocket>(); // the TCP sockets, by the address and port of the client
+  const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout: LIMITS.handshakeMs };
+  const certificate = new crypto.X509Certificate(cert);
+  const listener = tls.createServer(settings as tls.TlsOptions, (socket) => {
+    const { explain } = server.options;
+    if (explain) describe(socket, certificate).forEach((fact) => explain(`${farEnd(socket)} ${fact}`));
+    socket.on("close", () => sockets.delete(socket));
+    sockets.set(socket, attach(server, socket, rawSockets.get(farEnd(socket))));
+  });
+  limitConnections(listener, server, rawSockets);
+  if (keylog) listener.on("keylog", keylog);
+  listener.on("tlsClientError", ({ message }, socket) => {
+    if (socket.remoteAddress) server.failed(socket.remoteAddress, "no TLS", handshakeProblem(message));
+    socket.destroy();
+  });
+  await new Promise<void>((resolve, reject) => {
+    listener.on("error", (error) => reject(listenFault(error, host, port)));
+    listener.listen(port, host, resolve);
+  });
+  const timers = [
+    setInterval(() => server.sweep(), 1000),
+    setInterval(() => sockets.forEach((check) => check()), LIMITS.silentMs),
+  ];
+  const stop = async (reason: string) => {
+    timers.forEach(clearInterval);
+    listener.close();
+    for (const session of server.sessions) session.close(reason);
+    const open = [...sockets.keys()];
+    const late = setTimeout(() => open.forEach((socket) => socket.destroy()), LIMITS.stopMs);
+    await Promise.all(open.map((socket) => new Promise((closed) => socket.on("close", closed))));
+    clearTimeout(late);
+  };
+  const address = listener.address();
+  return { server, stop, port: typeof address === "object" && address ? address.port : port };
+}
+
+const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress}:${remotePort}`;
+
+/** Limits the TCP connections: in all and per network, twice as many as there may be sessions. */
+function limitConnections(listener: tls.Server, server: Server, rawSockets: Map<string, tls.TLSSocket>): void {
+  const { maxClients, perAddress } = server.options;
+  const connections = new Occupancy();
+  listener.maxConnections = maxClients + server.maxUnauthenticated;
+  listener.on("connection", (socket: tls.TLSSocket) => {
+    const [network, end] = [networkOf(socket.remoteAddress ?? ""), farEnd(socket)];
+    if (connections.of(network) >= 2 * perAddress) return void socket.destroy();
+    connections.change(network, 1);
+    rawSockets.set(end, socket);
+    socket.on("close", () => {
+      connections.change(network, -1);
+      rawSockets.delete(end);
+    });
+  });
+}
+
+/**
+ * Node reads from a paused socket until this much waits, and if the records are small, each becomes an object that
+ * costs a hundred times its size. So a paused socket is given this much to hold at once.
+ */
+let filler: Buffer | undefined;
+
+/**
+ * Makes a session of a socket.
+ * @param raw the TCP socket below TLS
+ * @returns the check of the bytes that brought no text, to be called a few times a second
+ */
+function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | undefined): () => void {
+  const { explain } = server.options;
+  const who = farEnd(socket);
+  const isDeno = "Deno" in globalThis; // where pause() does not stop the reading: the session bounds what comes
+  const fill = filler ??= Buffer.alloc(socket.readableHighWaterMark);
+  let flowing = true;
+  let textBytes = 0; // on the socket that brought text: Node emits a chunk for each record, Deno for several
+  let silentBytes = 0; // on the socket that brought none: of handshakes, KeyUpdates and empty records
+  const silent = new RateLimit(server.clock, LIMITS.silentBytes, LIMITS.silentBurst);
+  const session = server.open({
+    address: socket.remoteAddress ?? "",
+    write(bytes) {
+      explain?.(`${who} wrote ${recorded(bytes.length)}`);
+      return socket.write(bytes);
+    },
+    pending: () => socket.writableLength,
+    read(wanted) {
+      if (wanted === flowing || isDeno) return;
+      flowing = wanted;
+      if (!wanted) return void socket.pause().unshift(fill);
+      socket.read(fill.length);
+      socket.read(Math.min(socket.readableLength, fill.length)); // what has come meanwhile, as one chunk
+      if (flowing) socket.resume();
+    },
+    end(atOnce) {
+      if (atOnce) return void socket.destroy();
+      socket.end();
+      setTimeout(() => socket.destroy(), LIMITS.stopMs).unref();
+    },
+  });
+  socket.setNoDelay(true);
+  socket.allowHalfOpen = true;
+  socket.on("data", (chunk: Buffer) => {
+    if (chunk.buffer === fill.buffer) return;
+    explain?.(`${who} read ${recorded(chunk.length)}`);
+    textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD;
+    session.receive(chunk);
+  });
+  socket.on("end", () => session.received());
+  socket.on("drain", () => session.outbox.drained());
+  socket.on("error", (error) => session.lost(error.message));
+  socket.on("close", () => session.lost("Connection closed"));
+  return () => {
+    if (!flowing) return;
+    const bytes = (raw?.bytesRead ?? 0) - textBytes; // falls again when the rest of a record has come
+    silent.charge(bytes - silentBytes);
+    silentBytes = bytes;
+    if (silent.throttleMs > 0) session.flooded(true);
+  };
+}
+
+/** What went wrong in a handshake, by what the runtimes say about it. */
+function handshakeProblem(message: string): string {
+  const problems: readonly (readonly [RegExp, string])[] = [
+    [/http.request/i, "that was HTTP"],
+    [/version.number|record|InvalidMessage|packet/i, "that was not TLS"],
+    [/unsupported.protocol|protocol.version|PeerIncompatible/i, "it does not know TLS 1.3"],
+    [/timeout/i, "the handshake took too long"],
+    [/alert|unknown.ca/i, "it did not trust the certificate"],
+  ];
+  return problems.find(([pattern]) => pattern.test(message))?.[1] ?? "it hung up";
+}
+
+function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string, port: number): Fault {
+  const faults: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
+    [/EADDRINUSE|in use/i, `port ${port} is in use already`, `${CHAT} serve :${port + 1} takes the next one`],
+    [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
+    [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
+    [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
+    [/^/, `cannot listen on ${host}:${port}: ${message}`, `${CHAT} help serve`],
+  ];
+  const [, what = message, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ?? [];
+  return new Fault(what, hint);
+}
+
+/* =====================================================================================================================
+ * Terminal
+ * What the user interfaces need to know about terminals: environment variables, colours, how wide a text is and how it
+ * breaks into rows, bracketed paste, and readline as a mere editor of a line.
+ * ================================================================================================================== */
+
+/** Reads an environment variable. An empty one counts as unset, and so does one that may not be read (Deno). */
+export function environment(name: string): string | undefined {
+  try {
+    return process.env[name] || undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/**
+ * Writes to a standard stream. A failure is an `error` event of it, also where the runtime throws instead (Deno), and
+ * must not end a server with all its accounts.
+ */
+function write(stream: NodeJS.WriteStream, text: string | Buffer): boolean {
+  if (!stream.listenerCount("error")) stream.on("error", () => {});
+  try {
+    return stream.write(text);
+  } catch (error) {
+    return stream.emit("error", error);
+  }
+}
+
+/** How many colours standard output has: 0, 16 or 256. */
+function colourDepth(): number {
+  const [force, term = ""] = [environment("FORCE_COLOR"), environment("TERM")];
+  if (force) return force === "0" || force === "false" ? 0 : force === "1" || force === "true" ? 16 : 256;
+  if (environment("NO_COLOR") || !process.stdout.isTTY || term === "dumb") return 0;
+  return /256|kitty|direct/.test(term) || environment("COLORTERM") || process.platform === "win32" ? 256 : 16;
+}
+
+/** SGR codes (ECMA-48, 8.3.117). */
+const [BOLD, DIM] = [1, 2];
+/** Colours of nicks that are readable on black and on white, from the palette of 256. */
+const NICK_COLOURS = [26, 31, 61, 64, 67, 94, 97, 98, 100, 125, 130, 131, 132, 133, 136, 160, 161, 166, 168, 172];
+
+/** The SGR code of a nick's colour, which is always the same. */
+function colourOf(nick: string, depth: number): string {
+  const hash = sha256(fold(nick)).readUInt32BE();
+  return depth > 16 ? `38;5;${NICK_COLOURS[hash % NICK_COLOURS.length]}` : String(31 + hash % 6);
+}
+
+let segmenter: Intl.Segmenter | undefined; // is slow to make, and seldom needed
+
+/** Splits a text into grapheme clusters: what a person sees as characters. */
+function graphemes(text: string): string[] {
+  if (/^[ -~]*$/.test(text)) return [...text];
+  segmenter ??= new Intl.Segmenter(undefined, { granularity: "grapheme" });
+  return Array.from(segmenter.segment(text), ({ segment }) => segment);
+}
+
+const WIDE = new RegExp(
+  "[\\p{EPres}\\uFE0F\\u1100-\\u115F\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3\\uF900-\\uFAFF" +
+    "\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{20000}-\\u{3FFFD}]",
+  "u",
+);
+
+/** The column width of a text on a terminal. */
+export function cells(text: string): number {
+  if (/^[ -~]*$/.test(text)) return text.length;
+  const widthOf = (one: string) => WIDE.test(one) ? 2 : /^[\p{M}\p{Cf}]/u.test(one) ? 0 : 1;
+  return graphemes(text).reduce((sum, one) => sum + widthOf(one), 0);
+}
+
+/** Joins grapheme clusters into parts that measure at most `most` each. */
+function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: string) => number): string[] {
+  const parts = [""];
+  let used = 0;
+  for (const one of clusters) {
+    used += measure(one);
+    if (used <= most) parts[parts.length - 1] += one;
+    else {
+      parts.push(one);
+      used = measure(one);
+    }
+  }
+  return parts;
+}
+const rowsOf = (text: string, width: number) => joinUpTo(width, graphemes(text), cells);
+
+/**
+ * Breaks a text into rows: between words, and within a word that is longer than a row. A link stays whole, so that it
+ * can be clicked; the terminal wraps it.
+ * @param width columns of a row
+ */
+export function wrap(text: string, width: number): string[] {
+  const rows = [""];
+  for (const word of text.split(/(?<= )(?=[^ ])/)) {
+    const [last = "", length] = [rows.at(-1), cells(word.trimEnd())];
+    if (cells(last) + length <= width) rows[rows.length - 1] = last + word;
+    else rows.push(...length <= width || word.includes("://") ? [word] : rowsOf(word, width));
+  }
+  return rows.map((row) => row.trimEnd()).filter((row, at) => row || at || rows.length === 1);
+}
+
+/** What makes a terminal put marks around a paste. Text without them was typed, however fast it came. */
+const BRACKETED_PASTE = { on: "\x1b[?2004h", off: "\x1b[?2004l", start: "\x1b[200~", end: "\x1b[201~" } as const;
+
+/** Takes bracketed pastes out of what a terminal sends, before readline sees it: Deno's does not know them. */
+function takePastes(input: NodeJS.ReadStream, take: (text: string) => void): void {
+  const { start, end } = BRACKETED_PASTE;
+  const emit = input.emit.bind(input) as (name: string, ...values: readonly unknown[]) => boolean;
+  const toBytes = (text: string) => Buffer.from(text, "latin1");
+  const passOn = (text: string) => text !== "" && emit("data", toBytes(text));
+  let pending = ""; // what has come and was not passed on, a character per byte
+  let pasting = false;
+  input.emit = (name: string, ...values: readonly unknown[]) => {
+    if (name !== "data") return emit(name, ...values);
+    pending += (values[0] as Buffer).toString("latin1");
+    for (let at; (at = pending.indexOf(pasting ? end : start)) >= 0;) {
+      const text = pending.slice(0, at);
+      pending = pending.slice(at + start.length);
+      if (pasting) take(toBytes(text).toString());
+      else passOn(text);
+      pasting = !pasting;
+    }
+    if (pasting) return true;
+    const held = [5, 4, 3, 2].find((length) => pending.endsWith(start.slice(0, length))) ?? 0; // half a mark
+    const typed = pending.slice(0, pending.length - held);
+    pending = pending.slice(typed.length);
+    return passOn(typed);
+  };
+}
+
+/** Reads lines from a terminal, as readline edits them. What it would draw is passed to `echo`. */
+function openEditor(echo: (text: string) => void): readline.Interface {
+  const output = {
+    columns: 1_000_000, // readline must not wrap
+    write: echo,
+    on: () => output,
+    off: () => output,
+    removeListener: () => output,
+    end: () => output,
+  };
+  return readline.createInterface({
+    input: process.stdin,
+    output: output as unknown as NodeJS.WriteStream, // as much of one as readline uses
+    terminal: true,
+    crlfDelay: Infinity,
+    completer: (line: string) => [[], line],
+  });
+}
+
+/* =====================================================================================================================
+ * Interfaces
+ * The user interface, in three implementations: a full terminal (in the next chapter), plain mode, and a pipe.
+ * - What was said goes to standard output, in a pipe as `TIME<TAB>NICK<TAB>TEXT`. Everything else goes to standard
+ *   error as `chat: …` in lower case, with a `chat: hint: …` where there is something to try.
+ * - Plain mode is for screen readers and dumb terminals: nothing is drawn twice, and there is no colour.
+ * - Text from the wire has the type Clean, and an interface takes nothing else.
+ * ================================================================================================================== */
+
+/** A message as a person is to see it. */
+interface Message {
+  readonly time: number; // in ms since 1970
+  readonly nick: Clean;
+  readonly target: Clean; // a room or a nick
+  readonly text: Clean;
+  readonly isAction: boolean; // a `/me`
+  readonly isPrivate: boolean;
+  readonly isOwn: boolean;
+  readonly isOld: boolean; // from the history
+  readonly isElsewhere: boolean; // in another room than the current one
+  readonly isForMe: boolean; // private, or it names me
+  readonly nickWidth: number; // columns of the longest nick in the room
+}
+
+/** How lines were entered: as text, which is never a command, typed, or pasted, which may be one after a question. */
+type Input = "text" | "typed" | "pasted";
+
+/** What an interface reports. */
+export interface UiEvents {
+  onLines(lines: readonly string[], how: Input): void;
+  onEnd(): void; // there is no more input
+  onLeave(): void; // the person wants to leave
+  onGone(): void; // the terminal has gone, or nobody reads the output any more
+  onTab(before: string): readonly string[]; // what could stand in place of the text before the cursor
+}
+
+export interface Ui {
+  readonly hasPerson: boolean; // somebody who can answer, and wants to see what was said before
+  /** Reports what happens from now on, except lines. */
+  listen(events: UiEvents): void;
+  /** Reports lines from now on, those first that have been entered already. */
+  acceptLines(): void;
+  message(message: Message): void;
+  note(text: Clean): void;
+  /** Shows that one is in the first room. */
+  welcome(room: Clean, nick: Clean, others: Clean): void;
+  /** Shows what only a person wants to know: who joined and left, that a day has begun. */
+  aside(text: Clean): void;
+  bell(): void;
+  /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
+  ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
+  setPrompt(prompt: Clean): void;
+  /** Stops reading input for a while, where it comes by itself. */
+  holdInput(hold: boolean): void;
+  clear(): void;
+  close(): void;
+}
+
+/** A person at a terminal: what the full terminal and plain mode have in common. */
+abstract class PersonalUi implements Ui {
+  readonly hasPerson = true;
+  protected readonly editor: readline.Interface;
+  protected question: { readonly text: Clean; readonly hidden: boolean } | undefined;
+  protected closed = false;
+  readonly #closeEditor: () => void; // readline calls its own `close` at Ctrl-D, which ends nothing here
+  #isGone = false; // the terminal
+  #answer: ((text: string | undefined) => void) | undefined;
+  #events: UiEvents | undefined;
+  #accepts = false;
+  #early: { readonly lines: readonly string[]; readonly how: Input }[] = []; // entered before lines were accepted
+  #hasHidden = false; // an answer, so that one of those lines may be a password
+  constructor() {
+    const editor = this.editor = openEditor((text) => this.echo(text));
+    const close = editor.close.bind(editor);
+    this.#closeEditor = () => {
+      try {
+        close();
+      } catch {
+        // The terminal has gone, and cannot be put into its former mode.
+      }
+    };
+    editor.close = () => this.#isGone ? this.#closeEditor() : this.interrupt();
+    process.stdin.prependListener("end", () => this.#isGone = true);
+    process.stdout.on("error", () => this.#gone());
+    editor.on("close", () => this.#gone());
+    editor.on("line", (line) => this.#isGone || this.#entered(line)); // else nobody has pressed Enter
+    editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
+    editor.on("SIGINT", () => this.interrupt());
+    editor.on("SIGCONT", () => editor.resume()); // it has paused, and relies on a prompt of its own to go on
+  }
+  /** How many colours there are: 0, 16 or 256. */
+  protected abstract readonly colours: number;
+  /** Shows a text behind a head. @param style an SGR code */
+  protected abstract show(head: string, text: Clean, style?: number): void;
+  /** Takes what readline would draw. */
+  protected abstract echo(text: string): void;
+  /** Shows the question and the line that is being typed, after the program has changed them. */
+  protected abstract redraw(): void;
+  /** A question was answered: `shown` is what remains of it. */
+  protected answered(_shown: string): void {}
+
+  listen(events: UiEvents): void {
+    this.#events = events;
+  }
+  acceptLines(): void {
+    this.#accepts = true;
+    const early = this.#early.splice(0);
+    if (early.length && this.#hasHidden) return this.note(clean("what you typed before you were in is not sent"));
+    for (const { lines, how } of early) this.#events?.onLines(lines, how);
+  }
+  message({ time, nick, target, text, nickWidth, ...message }: Message): void {
+    const paintNick = (one: Clean) => this.paint(colourOf(one, this.colours), one);
+    const width = Math.min(12, this.columns >> 3, nickWidth);
+    const padding = message.isAction ? "" : " ".repeat(Math.max(0, width - cells(nick)));
+    const name = paintNick(nick) + (message.isPrivate ? ` > ${paintNick(target)}` : padding);
+    const before = (message.isElsewhere ? `${target} ` : "") + (message.isAction ? "* " : "");
+    const style = message.isOld ? DIM : message.isForMe && !message.isPrivate ? BOLD : undefined;
+    this.show(`${this.paint(DIM, clockTime(time))} ${before}${name} `, text, style);
+  }
+  note(text: Clean): void {
+    this.show(this.paint(DIM, "-- "), text, DIM);
+  }
+  welcome(room: Clean, nick: Clean, others: Clean): void {
+    const here = others ? `Here: ${others}.` : "Nobody else is here yet.";
+    this.show("", clean(`Welcome to ${room}, ${nick}. ${here} /help lists what you can type, /exit leaves.`));
+  }
+  aside(text: Clean): void {
+    this.note(text);
+  }
+  bell(): void {
+    write(process.stdout, "\x07");
+  }
+  setPrompt(_prompt: Clean): void {}
+  holdInput(_hold: boolean): void {}
+  clear(): void {}
+  /** A line that is half typed, or the rest of a paste, is no answer: it is put aside during the question. */
+  async ask(question: Clean, hidden = false): Promise<string | undefined> {
+    if (this.closed) return undefined;
+    this.#hasHidden ||= hidden;
+    const typed = this.#early.findIndex(({ how }) => how === "typed");
+    if (typed >= 0) return this.#early.splice(typed, 1)[0]?.lines[0];
+    const { line, cursor } = this.editor;
+    this.question = { text: question, hidden };
+    this.edit("");
+    const text = await new Promise<string | undefined>((answer) => this.#answer = answer);
+    this.question = undefined;
+    this.answered(question + (hidden ? "" : text ?? ""));
+    this.edit(line, cursor);
+    return text;
+  }
+  close(): void {
+    this.closed = true;
+    this.#closeEditor();
+  }
+  protected get columns(): number {
+    return process.stdout.columns || 80;
+  }
+  /** Paints a text with an SGR code, if there are colours. */
+  protected paint(code: number | string | undefined, text: string): string {
+    return this.colours && code && text ? `\x1b[${code}m${text}\x1b[0m` : text;
+  }
+  protected complete(before: string): readonly string[] {
+    return this.#events?.onTab(before) ?? [];
+  }
+  /** Puts a text in place of the line that is being typed. */
+  protected edit(text: string, cursor = text.length): void {
+    Object.assign(this.editor, { line: text, cursor });
+    this.redraw();
+  }
+  protected enter(lines: readonly string[], how: Input): void {
+    if (this.#accepts) this.#events?.onLines(lines, how);
+    else this.#early.push({ lines, how });
+  }
+  #entered(line: string): void {
+    const answer = this.#answer;
+    this.#answer = undefined;
+    if (answer) answer(line);
+    else this.enter([line], "typed");
+  }
+  /** At Ctrl-C and Ctrl-D: cancels the question, or clears the line; where there is neither, the person leaves. */
+  protected interrupt(): void {
+    const answer = this.#answer;
+    this.#answer = undefined;
+    if (answer) return answer(undefined);
+    const { line } = this.editor;
+    this.edit("");
+    if (!line) this.#events?.onLeave();
+  }
+  #gone(): void {
+    this.#answer?.(undefined);
+    if (!this.closed) this.#events?.onGone();
+  }
+}
+
+/** Plain mode: readline echoes what is typed, and every line is written once. */
+class PlainUi extends PersonalUi {
+  protected readonly colours = 0;
+  protected show(head: string, text: Clean): void {
+    write(process.stdout, `${head}${text}\n`);
+  }
+  /** A line break shows that a hidden answer was taken. */
+  protected echo(text: string): void {
+    if (!this.question?.hidden || !text.trim()) write(process.stdout, text);
+  }
+  protected redraw(): void {
+    write(process.stdout, (this.question?.text ?? "") + this.editor.line);
+  }
+  protected override interrupt(): void {
+    write(process.stdout, "\n");
+    super.interrupt();
+  }
+}
+
+/** A pipe on at least one side: a line in, a line out. */
+class PipeUi implements Ui {
+  readonly hasPerson = false;
+  readonly #reader: readline.Interface;
+  #events: UiEvents | undefined;
+  #ended = false;
+  #accepts = false;
+  #early: string[] = []; // read before lines were accepted: --timeout counts from the end of the input
+  constructor() {
+    this.#reader = readline.createInterface({ input: process.stdin, crlfDelay: Infinity });
+    this.#reader.on("line", (line) => this.#enter(line));
+    this.#reader.on("close", () => {
+      this.#ended = true;
+      this.#events?.onEnd();
+    });
+    process.stdout.on("error", () => this.#events?.onGone());
+  }
+  listen(events: UiEvents): void {
+    this.#events = events;
+  }
+  acceptLines(): void {
+    this.#accepts = true;
+    this.holdInput(false);
+    for (const line of this.#early.splice(0)) this.#enter(line);
+  }
+  /** Where a person types and only the output goes into a pipe, a line may be a command. */
+  #enter(line: string): void {
+    if (this.#accepts) this.#events?.onLines([line], process.stdin.isTTY ? "typed" : "text");
+    else if (this.#early.push(line) >= LIMITS.outbox) this.holdInput(true);
+  }
+  message({ time, nick, text, isAction, isOwn }: Message): void {
+    if (isOwn) return;
+    write(process.stdout, `${new Date(time).toISOString()}\t${nick}\t${isAction ? "/me " : ""}${text}\n`);
+  }
+  note(text: Clean): void {
+    write(process.stderr, `chat: ${text}\n`);
+  }
+  welcome(room: Clean, nick: Clean, others: Clean): void {
+    this.note(clean(`in ${room} as ${nick}; here: ${others || "nobody else"}`));
+  }
+  aside(): void {}
+  bell(): void {}
+  ask(): Promise<undefined> {
+    return Promise.resolve(undefined);
+  }
+  setPrompt(): void {}
+  holdInput(hold: boolean): void {
+    if (this.#ended) return;
+    if (hold) this.#reader.pause();
+    else this.#reader.resume();
+  }
+  clear(): void {}
+  close(): void {
+    this.#reader.close();
+  }
+}
+
+/* =====================================================================================================================
+ * Full terminal
+ * The prompt stays at the bottom, and everything else is shown above it. The prompt and the line being typed are drawn
+ * here, in rows one column narrower than the terminal, so that it never wraps them itself. Whatever comes in during one
+ * turn of the event loop is drawn at once at its end.
+ * ================================================================================================================== */
+
+const NOTHING_DRAWN = { rows: [0] as readonly number[], row: 0, column: 0 };
+
+class TerminalUi extends PersonalUi {
+  protected readonly colours = colourDepth();
+  #prompt = "" as Clean;
+  #printed: string[] = []; // rows that are to be shown above the prompt
+  #isDrawDue = false;
+  #drawn = NOTHING_DRAWN; // below: the width of each row drawn, and where the cursor is
+  #completion: { readonly options: readonly string[]; readonly next: number } | undefined;
+  constructor() {
+    super();
+    write(process.stdout, BRACKETED_PASTE.on);
+    takePastes(process.stdin, (text) => this.#paste(text));
+    process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
+    process.stdout.on("resize", () => this.redraw());
+    this.editor.on("SIGCONT", () => {
+      write(process.stdout, BRACKETED_PASTE.on);
+      this.redraw();
+    });
+  }
+  override setPrompt(prompt: Clean): void {
+    this.#prompt = prompt;
+    this.redraw();
+  }
+  override clear(): void {
+    write(process.stdout, "\x1b[H\x1b[2J\x1b[3J");
+    this.#drawn = NOTHING_DRAWN;
+    this.redraw();
+  }
+  override close(): void {
+    if (this.closed) return;
+    this.#draw(false);
+    write(process.stdout, BRACKETED_PASTE.off);
+    super.close();
+  }
+  protected echo(): void {} // the line is drawn here
+  protected override answered(shown: string): void {
+    this.#print([shown]);
+  }
+
+  /** The further rows of a long text are indented by the width of the head. */
+  protected show(head: string, text: Clean, style?: number): void {
+    const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
+    const [first = "", ...rest] = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
+    this.#print([head + first, ...rest.map((row) => " ".repeat(indent) + row)]);
+  }
+  /**
+   * A paste's lines are entered, except for the last if no line break follows it. In an answer, or in a command that is
+   * half typed, a paste is a part of that one line: what was meant for one person must not be said to everybody.
+   */
+  #paste(pasted: string): void {
+    const text = pasted.replace(/\r\n?/g, "\n").replace(/[^\P{Cc}\t\n]/gu, "");
+    const { line, cursor } = this.editor;
+    const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
+    if (this.question || before.startsWith("/") || !text.includes("\n")) {
+      const inserted = before + text.replace(/\n+$/, "").replaceAll("\n", " ");
+      return this.edit(inserted + after, inserted.length);
+    }
+    const lines = (before + text).split("\n");
+    const last = lines.pop() ?? "";
+    this.edit(last + after, last.length);
+    this.enter(lines, "pasted");
+  }
+  #pressed(key?: { name?: string; ctrl?: boolean }): void {
+    const { line, cursor } = this.editor;
+    if (key?.ctrl && key.name === "l") this.clear();
+    if (key?.name === "tab" && (this.question || line[cursor - 1] !== "\t")) this.#complete(); // else it is in a paste
+    else this.#completion = undefined;
+    this.redraw();
+  }
+  /** Completes the text before the cursor; pressed again, in the next way. */
+  #complete(): void {
+    const { line, cursor } = this.editor;
+    const before = line.slice(0, cursor).replace(this.question ? /\t/g : "", "");
+    const { options, next } = this.#completion ?? { options: this.question ? [] : this.complete(before), next: 0 };
+    this.#completion = { options, next: (next + 1) % options.length };
+    const completed = options[next] ?? before;
+    this.edit(completed + line.slice(cursor), completed.length);
+  }
+
+  #print(rows: readonly string[]): void {
+    this.#printed.push(...rows);
+    this.redraw();
+  }
+  protected redraw(): void {
+    if (this.#isDrawDue || this.closed) return;
+    this.#isDrawDue = true;
+    setImmediate(() => this.closed || this.#draw(true));
+  }
+  /** Erases what is drawn below, shows the rows that are to be shown, and draws the prompt again. */
+  #draw(withPrompt: boolean): void {
+    this.#isDrawDue = false;
+    const columns = this.columns; // the terminal may have become narrower, and have wrapped the rows
+    const above = this.#drawn.rows.slice(0, this.#drawn.row).map((width) => Math.max(1, Math.ceil(width / columns)));
+    const up = above.reduce((sum, rows) => sum + rows, 0) + Math.floor(this.#drawn.column / columns);
+    let out = `\r${up ? `\x1b[${up}A` : ""}\x1b[J${this.#printed.map((row) => `${row}\r\n`).join("")}`;
+    this.#printed = [];
+    this.#drawn = NOTHING_DRAWN;
+    if (withPrompt) {
+      const { rows, row, column } = this.#layOut(columns - 1);
+      const below = rows.length - 1 - row;
+      out += `${rows.join("\r\n")}${below ? `\x1b[${below}A` : ""}\r${column ? `\x1b[${column}C` : ""}`;
+      this.#drawn = { rows: rows.map(cells), row, column };
+    }
+    write(process.stdout, out);
+  }
+  /** Lays out the prompt and the line in rows, no more than fit, with the place of the cursor. */
+  #layOut(width: number): { rows: string[]; row: number; column: number } {
+    const { text, hidden } = this.question ?? { text: this.#prompt, hidden: false };
+    const { line, cursor } = hidden ? { line: "", cursor: 0 } : this.editor;
+    const shown = (part: string) => graphemes(part).map((one) => clean(one)).join("");
+    const rows = rowsOf(text + shown(line), width);
+    const before = rowsOf(text + shown(line.slice(0, cursor)), width);
+    const most = Math.max(1, (process.stdout.rows || 24) - 1);
+    const top = Math.max(0, before.length - most);
+    return { rows: rows.slice(top, top + most), row: before.length - 1 - top, column: cells(before.at(-1) ?? "") };
+  }
+}
+
+/** The interface that suits standard input and output. */
+export function openUi(plain = false): Ui {
+  if (!process.stdin.isTTY || !process.stdout.isTTY) return new PipeUi();
+  return plain || environment("TERM") === "dumb" ? new PlainUi() : new TerminalUi();
+}
+
+/* =====================================================================================================================
+ * Link
+ * A client's connection: how it is made, and lines in and out. Nothing is sent on it before the server is trusted.
+ * ================================================================================================================== */
+
+export interface JoinOptions {
+  readonly host: string;
+  readonly port: number;
+  readonly ui: Ui;
+  readonly pin?: string | undefined; // the key that the server must have, whatever its certificate says
+  readonly nick?: string | undefined;
+  readonly password?: string | undefined;
+  readonly room?: string | undefined; // the one to talk in, instead of the server's first
+  readonly ca?: string | undefined; // PEM text of the roots to trust instead of the runtime's
+  readonly timeoutMs?: number | undefined; // see LIMITS
+  readonly backOffMs?: (tries: number) => number; // how long to wait before connecting once more
+  readonly explain?: boolean; // say what happens on the connection
+  readonly keylog?: boolean; // write the TLS keys to standard error
+  readonly signal?: AbortSignal; // to leave
+  readonly clock?: Clock;
+}
+type Settings = JoinOptions & { readonly clock: Clock };
+
+/** The Fault of a connection that could not be made or has ended: another try may help. */
+class Lost extends Fault {
+  constructor(why: string, hint = "is the server still running?") {
+    super(why, hint);
+  }
+}
+
+const UNREAD_LINES = 10_000; // from the server, while the client asks a person or derives keys
+
+class Link {
+  readonly socket: tls.TLSSocket;
+  readonly certificate: crypto.X509Certificate | undefined;
+  trust = ""; // why the server is trusted; empty while it is not
+  ended = ""; // why the connection has ended; empty while it has not
+  welcomedAt = 0; // by the monotonic clock; 0 before the welcome
+  heardAt: number; // when something was last received
+  isPinged = false; // since then a PING was sent
+  explain: (text: string) => void = () => {};
+  readonly #lines: Line[] = [];
+  #wake: () => void = () => {};
+  constructor(socket: tls.TLSSocket, clock: Clock) {
+    this.socket = socket;
+    this.certificate = socket.getPeerX509Certificate(); // once: Node 20 does not give it twice
+    this.heardAt = clock.now();
+    const splitter = new LineSplitter(LIMITS.serverTagBytes);
+    socket.on("data", (chunk: Buffer) => {
+      this.heardAt = clock.now();
+      this.isPinged = false;
+      this.explain(`read ${recorded(chunk.length)}`);
+      splitter.push(chunk);
+      for (let split; (split = splitter.next());) if ("text" in split) this.#take(parse(split.text));
+    });
+    socket.on("error", (error) => this.end(error.message));
+    socket.on("close", () => this.end("the server closed the connection"));
+  }
+  #take(line: Line): void {
+    if (line.command === "PING") return this.send("PONG", line.params);
+    if (line.command === "ERROR") return this.end(wordsOf(line));
+    if (this.#lines.push(line) > UNREAD_LINES) return this.end("it sends more than can be read");
+    this.#wake();
+  }
+  end(why: string): void {
+    this.ended ||= why;
+    this.socket.destroy();
+    this.#wake();
+  }
+  send(command: string, params: readonly string[], tags: readonly Tag[] = []): void {
+    if (this.ended || !this.trust) return;
+    const line = `${format(command, params, "", tags)}\r\n`;
+    this.explain(`wrote ${recorded(Buffer.byteLength(line))}`);
+    this.socket.write(line);
+  }
+  /** Drops lines until one has this command, and returns it. @throws {Lost} once the connection has ended */
+  async next(command = /^/): Promise<Line> {
+    for (;;) {
+      const line = this.#lines.shift();
+      if (line && command.test(line.command)) return line;
+      if (!line && this.ended) throw new Lost(this.ended);
+      if (!line) await new Promise<void>((wake) => this.#wake = wake);
+    }
+  }
+  /** Describes the connection in plain words. */
+  facts(): string[] {
+    return [...describe(this.socket, this.certificate), `trusted, because ${this.trust}`];
+  }
+}
+
+/** The words of a line from the server, in the way in which the program writes its own. */
+const wordsOf = ({ params }: Line) =>
+  clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]* )/, (first) => first.toLowerCase());
+
+/** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
+const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
+  [/ECONNREFUSED|refused/i, "nobody listens there", `is the server running? ${CHAT} serve starts one`],
+  [/ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "there is no such host", "the line to join with is on the server's screen"],
+  [/(alert|protocol).*version|unsupported|HandshakeFailure/i, "it does not know TLS 1.3", "chat takes nothing older"],
+  [/no.application.protocol/i, "it knows TLS, but is no chat", "is it the right port?"],
+  [/wrong.version|packet|record|corrupt|Invalid(ContentType|Message)/i, "it is no TLS server", "is it the right port?"],
+  [
+    /RESET|disconnect|closed/i,
+    "it closed the connection while TLS was set up",
+    "is it a chat server, and has it room?",
+  ],
+  [/ETIMEDOUT|timed out|unreach/i, "nothing answers there", "is there a firewall in between?"],
+];
+
+const isIp = (host: string) => /^[\d.]+$|:/.test(host);
+
+/** Opens a TLS connection. Whether to trust the server is decided afterwards. @throws {Lost} if there is none */
+function connect({ host, port, ca, keylog, clock }: Settings): Promise<Link> {
+  return new Promise((resolve, reject) => {
+    const socket = tls.connect({
+      host,
+      port,
+      ALPNProtocols: ["irc"],
+      minVersion: "TLSv1.3",
+      rejectUnauthorized: false,
+      checkServerIdentity: () => undefined, // the name is checked apart from the chain
+      ...!isIp(host) && { servername: host },
+      ...ca && { ca },
+    });
+    const fail = (why: string) => {
+      cancelTimeout();
+      const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
+      socket.destroy();
+      reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
+    };
+    const cancelTimeout = clock.after(LIMITS.handshakeMs, () => fail("timed out"));
+    socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
+    socket.on("close", () => fail("closed"));
+    if (keylog) socket.on("keylog", (line) => write(process.stderr, line));
+    socket.setNoDelay(true);
+    socket.once("secureConnect", () => {
+      cancelTimeout();
+      socket.removeAllListeners("error").removeAllListeners("close");
+      resolve(new Link(socket, clock));
+    });
+  });
+}
+
+/* =====================================================================================================================
+ * Login
+ * From a connection to the welcome: whether to trust the server, whether it is a chat server, and the proof of the
+ * password. The password itself is never sent: only a proof of it, or a verifier made from it.
+ * ================================================================================================================== */
+
+/** What a chat server offers, and `join` relies on. */
+const REQUIRED_CAPS = ["message-tags", "echo-message", "batch", "draft/chathistory", "sasl"] as const;
+const WANTED_CAPS = (Object.keys(CAP) as Cap[]).filter((name) => name !== "labeled-response" && name !== REGISTRATION);
+const OTHER_NICK = `${CHAT} join NICK@HOST takes another nick`;
+
+/** Logs in, and again after each reconnect, with what it has learned by then. */
+class Login {
+  nick: string;
+  keys: Keys | undefined; // made from the password
+  isReturning = false; // it has been logged in before
+  hasAsked = false; // a person, who may have taken longer to answer than the server waited
+  readonly #options: Settings;
+  #password: string | undefined; // until the keys are made from it
+  #pin: string | undefined; // of the key that was accepted: no other is from then on
+  #cancelDeadline = () => {};
+  constructor(options: Settings) {
+    this.#options = options;
+    this.nick = options.nick ?? "";
+    this.#password = options.password;
+    this.#pin = options.pin;
+  }
+
+  /** Decides on trust and logs in, up to the welcome. @throws {Fault} if that cannot be, {Lost} if a retry may help */
+  async run(link: Link): Promise<void> {
+    await this.#decideTrust(link);
+    this.#startDeadline(link);
+    try {
+      await this.#negotiate(link);
+      while (!await this.#prove(link));
+      this.#password = undefined; // from now on the keys are all that is needed
+      link.send("CAP", ["END"]);
+      const line = await link.next(/^(001|4\d\d)$/);
+      if (line.command !== "001") throw new Fault(wordsOf(line), OTHER_NICK);
+      this.nick = clean(line.params[0] ?? this.nick);
+      this.isReturning = true;
+      this.hasAsked = false;
+      link.welcomedAt = this.#options.clock.now();
+    } finally {
+      this.#cancelDeadline();
+    }
+  }
+
+  /** The server has to bring the login to its end in time, whatever it sends. */
+  #startDeadline(link: Link): void {
+    this.#cancelDeadline();
+    this.#cancelDeadline = this.#options.clock.after(LIMITS.handshakeMs, () => {
+      link.end("it does not answer as a chat server does");
+    });
+  }
+  /** Asks a person. The server does not have to hurry meanwhile. @throws {Fault} if nobody answers */
+  async #ask(link: Link, question: string, hint: string, hidden = false): Promise<string> {
+    if (link.ended) throw new Lost(link.ended); // during the question before
+    const { ui } = this.#options;
+    this.#cancelDeadline();
+    const answer = await ui.ask(clean(question), hidden);
+    if (answer === undefined) {
+      throw ui.hasPerson ? new Fault("cancelled") : new Fault("there is nobody to ask", hint, 2);
+    }
+    this.hasAsked = true;
+    this.#startDeadline(link);
+    return answer;
+  }
+  #note(text: string): void {
+    this.#options.ui.note(clean(text));
+  }
+  #explain(text: string): void {
+    if (this.#options.explain) this.#note(text);
+  }
+
+  // ---- Trust
+
+  /** Decides whether this is the server that was meant. */
+  async #decideTrust(link: Link): Promise<void> {
+    const { host } = this.#options;
+    const { certificate } = link;
+    if (!certificate) throw new Fault("the server shows no certificate", "is it a chat server?", 3);
+    const pin = pinOf(certificate.publicKey);
+    if (this.#pin && pin !== this.#pin) {
+      const hint = "somebody may sit in the middle, or it was started anew without CHAT_SECRET: ask whoever runs it";
+      throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
+    }
+    const problem = this.#problemOf(certificate, link.socket.authorized);
+    if (this.#pin) link.trust = "its key is the pinned one";
+    else if (!problem) link.trust = "its certificate leads to a trusted root and is for this name";
+    else if (/^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "")) {
+      this.#note(`${host} is this machine: took its key ${pin} unchecked`);
+      if (this.#options.ca) this.#note(`its certificate ${problem}`);
+      link.trust = "it is on this machine";
+    } else link.trust = await this.#compare(pin, problem);
+    if (problem) this.#pin = pin;
+    if (link.ended) throw new Lost(link.ended); // during the question
+    for (const fact of link.facts()) this.#explain(fact);
+    link.explain = (text) => this.#explain(text);
+  }
+  /** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
+  #problemOf(certificate: crypto.X509Certificate, isChainTrusted: boolean): string | undefined {
+    const { host } = this.#options;
+    const invalid = outsideValidity(certificate);
+    if (invalid) return invalid;
+    if (!isChainTrusted) return "leads to no root that is trusted here";
+    if (isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host)) return undefined;
+    return `is for ${clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody"}`;
+  }
+  /** Has a person compare the end of the key with what the server's screen shows. @returns why it is trusted then */
+  async #compare(pin: string, problem: string): Promise<string> {
+    const { host, port, ui } = this.#options;
+    const question = `The certificate of ${host} ${problem}. Which two groups end the key on the server's screen? `;
+    const answer = (await ui.ask(clean(question)))?.toLowerCase().replace(/[^a-z2-7]/g, "");
+    if (answer === undefined) {
+      const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
+      throw new Fault(`cannot verify this server: its certificate ${problem}`, hint, 3);
+    }
+    if (answer.length < 8 || !pin.replaceAll("-", "").endsWith(answer)) {
+      throw new Fault("that is not how the key of this server ends", "this may be another server than yours", 3);
+    }
+    this.hasAsked = true;
+    return "somebody compared its key";
+  }
+
+  // ---- The login
+
+  /** Finds out whether this is a chat server, and agrees on capabilities with it. */
+  async #negotiate(link: Link): Promise<void> {
+    const { host, port } = this.#options;
+    const offered = new Map<string, string>();
+    link.send("CAP", ["LS", "302"]);
+    for (let isComplete = false; !isComplete;) {
+      const { command, params } = await link.next(/^(CAP|4\d\d|HTTP\/.*)$/);
+      if (command.startsWith("HTTP/")) throw new Fault("this is a web server", "is it the right port?");
+      isComplete = command !== "CAP" || params[2] !== "*";
+      for (const one of params.at(-1)?.split(" ") ?? []) {
+        const [name = "", value = ""] = one.split("=");
+        offered.set(name, value);
+      }
+    }
+    const hasScram = offered.get("sasl")?.split(",").includes("SCRAM-SCRYPT-PLUS");
+    if (!hasScram || !REQUIRED_CAPS.every((name) => offered.has(name))) {
+      const hint = "an IRC client such as irssi gets in";
+      throw new Fault(`${host}:${port} is an IRC server, but not a chat server`, hint);
+    }
+    // A client without draft/chathistory is sent the private messages that it missed: the first time, that is wanted.
+    const isLater = (name: Cap) => name === "draft/chathistory" && !this.isReturning;
+    link.send("CAP", ["REQ", WANTED_CAPS.filter((name) => offered.has(name) && !isLater(name)).join(" ")]);
+    const { params: [, answer] } = await link.next(/^CAP$/);
+    if (answer !== "ACK") throw new Fault(`${host}:${port} does not keep to what it offers`, "is it a chat server?");
+  }
+  /** Sends the nick and proves to know the password, after asking for what is missing. @returns whether it is in */
+  async #prove(link: Link): Promise<boolean> {
+    while (!isNick(this.nick)) {
+      if (this.nick && !link.ended) this.#note(REFUSALS["bad nick"]);
+      this.nick = (await this.#ask(link, "Nick: ", `${CHAT} join NICK@HOST`)).trim();
+    }
+    while (!this.keys && !this.#password) {
+      this.#password = await this.#ask(link, "Password: ", "CHAT_PASSWORD sets it", true);
+    }
+    link.send("NICK", [this.nick]);
+    link.send("USER", [this.nick, "0", "*", this.nick]);
+    const error = await this.#scram(link);
+    if (error === "e=unknown-user") await this.#register(link);
+    else if (error) {
+      const text = `${this.nick} is registered here, and not with this password`;
+      if (this.#options.password !== undefined) throw new Fault(text, "another nick, or another password");
+      this.#note(text);
+      if (link.ended) throw new Fault(link.ended, "try again later"); // too many wrong passwords
+      this.#password = this.keys = undefined;
+    }
+    return !error;
+  }
+  /** SCRAM-SCRYPT-PLUS. @returns the server's error, such as e=unknown-user; undefined if it is logged in */
+  async #scram(link: Link): Promise<string | undefined> {
+    const binding = sha256(link.certificate?.raw ?? "");
+    const scram = scramClient(this.nick, (salt) => this.#keysFor(link, salt), binding);
+    link.send("AUTHENTICATE", ["SCRAM-SCRYPT-PLUS"]);
+    await link.next(/^(AUTHENTICATE|904)$/);
+    let step = await scram.next();
+    while (!step.done) {
+      link.send("AUTHENTICATE", [base64(Buffer.from(step.value))]); // shorter than SASL_CHUNK
+      const answer = await this.#saslAnswer(link);
+      if (answer.startsWith("e=")) return answer;
+      step = await scram.next(answer);
+      if (!step.done) {
+        this.#explain("the server gave its salt and a number; we prove the password, for this connection only");
+      }
+    }
+    if (!step.value) throw new Fault("this server does not know the password", "it may stand in for the right one", 3);
+    this.#explain("the server proved that it knows the password's verifier; neither side sent a secret");
+    link.send("AUTHENTICATE", ["+"]);
+    await link.next(/^903$/);
+    return undefined;
+  }
+  /** The server's answer in SCRAM, which fits into one line. */
+  async #saslAnswer(link: Link): Promise<string> {
+    const line = await link.next(/^(AUTHENTICATE|904)$/);
+    if (line.command === "904") { // not because of the password
+      const why = wordsOf(line).replace(/^.*: ./, (head) => head.slice(-1).toLowerCase());
+      throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
+    }
+    const message = fromBase64(line.params[0]).toString();
+    if (message === "e=channel-bindings-dont-match") {
+      const hint = "the certificate that you see is not the server's";
+      throw new Fault("somebody sits between you and the server", hint, 3);
+    }
+    if (message.startsWith("e=")) await link.next(/^904$/);
+    return message;
+  }
+  async #keysFor(link: Link, salt: Buffer): Promise<Keys> {
+    if (this.keys?.salt.equals(salt)) return this.keys;
+    this.#password ??= await this.#ask(link, `Password of ${this.nick}: `, "it was changed: join anew", true);
+    return this.keys = await deriveKeys(this.#password, salt);
+  }
+  /** Registers the nick with a verifier: the password itself stays here. */
+  async #register(link: Link): Promise<void> {
+    if (this.isReturning) this.#note(`the server has forgotten the account ${this.nick}; registered it again`);
+    else if (this.#options.password === undefined) {
+      const question = `No account ${this.nick} here yet. The same password again registers it: `;
+      if (await this.#ask(link, question, "", true) !== this.#password) {
+        this.#password = undefined;
+        if (!link.ended) this.#note("these were two different passwords; nothing is registered");
+        return;
+      }
+    }
+    this.keys ??= await deriveKeys(this.#password ?? "");
+    link.send("REGISTER", ["*", "*", formatVerifier(verifierOf(this.keys))]);
+    const line = await link.next(/^(REGISTER|FAIL)$/);
+    if (line.params[0] === "SUCCESS") {
+      return this.#explain("registered: the server keeps a verifier, and did not get the password");
+    }
+    if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by this client, before the connection broke
+    this.keys = undefined;
+    const why = wordsOf(line);
+    if (this.#options.nick) throw new Fault(why, OTHER_NICK);
+    this.#note(why);
+    this.nick = "";
+  }
+}
+
+/* =====================================================================================================================
+ * Connection
+ * The life of a client's connection: it is made, and made again whenever it is lost, until the client leaves.
+ * ================================================================================================================== */
+
+type Phase =
+  | { readonly is: "connecting" }
+  | { readonly is: "logging in"; readonly link: Link }
+  | { readonly is: "online"; readonly link: Link }
+  | { readonly is: "waiting"; readonly retry: () => void }
+  | { readonly is: "leaving"; readonly link: Link } // QUIT was sent
+  | { readonly is: "left" };
+
+interface ConnectionEvents {
+  onWelcome(link: Link, isReturning: boolean): void;
+  onLine(line: Line): void;
+  onLost(why: string): void; // it will be made again
+  onTick(): void; // once a second
+}
+
+/** How long to wait before connecting: not at all, then 1, 2, 4 … 30 seconds, each a little more or less. */
+const backOff = (tries: number) => tries ? Math.min(30, 2 ** (tries - 1)) * (750 + Math.random() * 500) : 0;
+
+class Connection {
+  readonly #options: Settings;
+  readonly #login: Login;
+  readonly #events: ConnectionEvents;
+  #phase: Phase = { is: "connecting" };
+  #tries = 0; // to connect, since a connection lasted
+  #stop = () => {};
+  constructor(options: Settings, login: Login, events: ConnectionEvents) {
+    this.#options = options;
+    this.#login = login;
+    this.#events = events;
+  }
+  /** The link while the client is logged in. */
+  get link(): Link | undefined {
+    return this.#phase.is === "online" ? this.#phase.link : undefined;
+  }
+  get isOver(): boolean {
+    return this.#phase.is === "left" || this.#phase.is === "leaving";
+  }
+  /** Stays connected until the client leaves. Nothing happens any more when it has returned. */
+  async run(): Promise<void> {
+    const stopped = new Promise<void>((stop) => this.#stop = stop);
+    const ticking = setInterval(() => this.#tick(), 1000);
+    try {
+      await Promise.race([this.#stayConnected(), stopped]);
+    } finally {
+      clearInterval(ticking);
+      const phase = this.#phase;
+      this.#phase = { is: "left" };
+      if (phase.is === "waiting") phase.retry();
+      if ("link" in phase) phase.link.end("left");
+    }
+  }
+  /** Leaves with a QUIT; at once if there is no connection, or if it is leaving already. */
+  leave(): void {
+    const { link } = this;
+    if (!link) return this.stop();
+    link.send("QUIT", []);
+    this.#phase = { is: "leaving", link };
+    this.#options.clock.after(1000, () => this.stop());
+  }
+  stop(): void {
+    this.#stop();
+  }
+  /** Connects once more, now. */
+  reconnect(): void {
+    this.#tries = 0;
+    if (this.#phase.is === "waiting") this.#phase.retry();
+    this.link?.end("on your word");
+  }
+
+  async #stayConnected(): Promise<void> {
+    while (!this.isOver) {
+      let link: Link | undefined;
+      try {
+        this.#phase = { is: "connecting" };
+        link = await connect(this.#options);
+        await this.#use(link);
+      } catch (error) {
+        if (!this.isOver) await this.#recover(error, link);
+      }
+    }
+  }
+  /** Logs in, and takes lines until the connection is lost. @throws {Lost} then */
+  async #use(link: Link): Promise<void> {
+    if (this.isOver) return link.end("left");
+    this.#phase = { is: "logging in", link };
+    const { isReturning } = this.#login;
+    await this.#login.run(link);
+    if (this.isOver) return link.end("left");
+    this.#phase = { is: "online", link };
+    this.#events.onWelcome(link, isReturning);
+    for (;;) this.#events.onLine(await link.next());
+  }
+  /** Waits until it is time to connect again. @throws {Fault} if that would not help */
+  async #recover(error: unknown, link: Link | undefined): Promise<void> {
+    const wasAsking = this.#login.hasAsked && Boolean(link?.ended); // the server did not wait for the person's answer
+    this.#login.hasAsked = false;
+    if (!(error instanceof Lost) || !(this.#login.isReturning || wasAsking)) throw error;
+    this.#phase = { is: "connecting" };
+    if (link?.welcomedAt) {
+      if (this.#options.clock.now() - link.welcomedAt >= LIMITS.steadyMs) this.#tries = 0;
+      this.#events.onLost(error.message);
+    }
+    if (!wasAsking) await this.#waitToRetry();
+  }
+  /** Waits before connecting again. A server that disconnects everybody at once must not be called without end. */
+  async #waitToRetry(): Promise<void> {
+    const { clock, backOffMs = backOff } = this.#options;
+    const delay = backOffMs(this.#tries++);
+    if (delay <= 0) return;
+    let cancel = () => {};
+    await new Promise<void>((retry) => {
+      cancel = clock.after(delay, retry);
+      this.#phase = { is: "waiting", retry };
+    });
+    cancel();
+  }
+  /** Notices a connection that is dead without having ended. */
+  #tick(): void {
+    this.#events.onTick();
+    const { link } = this;
+    if (!link) return;
+    const silentMs = this.#options.clock.now() - link.heardAt;
+    if (silentMs > 2 * LIMITS.hushMs) link.end("nothing heard for a minute");
+    else if (silentMs > LIMITS.hushMs && !link.isPinged) {
+      link.isPinged = true;
+      link.send("PING", ["there?"]);
+    }
+  }
+}
+
+/* =====================================================================================================================
+ * Conversations
+ * What a client knows of the rooms that it is in, and what a person sees of them. A cursor in each room lets the client
+ * catch up after a reconnect; messages that arrive meanwhile are held, so that all are shown in order and once.
+ * ================================================================================================================== */
+
+const HISTORY_SHOWN = 50; // messages, on joining a room
+const SHOWN_IDS = 5_000; // of the latest messages, remembered
+const MAX_TIME = Date.UTC(9999, 0); // beyond, times have another form
+const PRESENCE_MS = 300; // within which people who join and leave are shown together
+
+const nickOf = ({ source }: Line) => clean(source.split("!")[0] ?? "");
+const listed = (names: readonly string[], most: number) =>
+  names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
+
+/** A room that the client is in, or was in when the connection was lost. */
+class Conversation {
+  readonly name: string;
+  readonly nicks = new Map<string, Clean>(); // by folded nick
+  cursor: { readonly id: string; readonly time: number } | undefined; // the last message shown
+  /** Pages are loaded: the latest one, or those after the cursor. Meanwhile messages are held. */
+  state: "absent" | "live" | "latest page" | "page after cursor" | "next page" = "absent";
+  topic = "";
+  isGreeted = false; // its welcome was shown
+  readonly held: Line[] = [];
+  constructor(name: string) {
+    this.name = name;
+  }
+  get isLoading(): boolean {
+    return this.state !== "absent" && this.state !== "live";
+  }
+}
+
+/** How a message is shown: as news, as something old, or again because the person has asked for it. */
+type Shown = "new" | "old" | "again";
+type Presence = "joined" | "left";
+
+/** What a person sees: which messages, how, and who joined and left in between. */
+class Transcript {
+  readonly ignored = new Set<string>(); // folded nicks
+  rings = true; // the bell, for messages to oneself
+  correspondent = ""; // who wrote privately last
+  latest = 0; // the time of the latest message shown
+  readonly #ui: Ui;
+  readonly #clock: Clock;
+  readonly #me: { readonly nick: string };
+  readonly #shown = new Set<string>(); // ids of messages
+  readonly #changes = new Map<string, Presence>(); // by nick, not shown yet
+  #day = ""; // of the last message shown
+  #cancelPresence = () => {};
+  constructor(ui: Ui, clock: Clock, me: { readonly nick: string }) {
+    this.#ui = ui;
+    this.#clock = clock;
+    this.#me = me;
+  }
+  note(text: string): void {
+    this.#ui.note(clean(text));
+  }
+  /** Shows a message, unless it was shown before, and rings if it is for this person. */
+  show(line: Line, how: Shown, room: Conversation | undefined, current: Conversation | undefined): void {
+    const { source, tags, params: [target = "", raw = ""] } = line;
+    const stamp = Date.parse(tags.get("time") ?? "");
+    const time = stamp > 0 && stamp < MAX_TIME ? stamp : this.#clock.wall();
+    if (this.#markShown(tags.get("msgid"), time, room) && how !== "again") return;
+    const nick = nickOf(line);
+    const isAction = raw.startsWith("\x01ACTION ");
+    if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && !isAction)) return;
+    const text = clean(isAction ? raw.slice(8).replace("\x01", "") : raw);
+    if (!source.includes("!")) return this.note(`${nick}: ${text}`);
+    this.#showPresence();
+    this.#showDay(time);
+    const me = this.#me.nick;
+    const isOwn = fold(nick) === fold(me);
+    const isOld = how !== "new";
+    const isPrivate = room === undefined;
+    if (isPrivate && !isOwn) this.correspondent = nick;
+    const isNamed = new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text);
+    const isForMe = !isOwn && !isOld && (isPrivate || isNamed);
+    const isElsewhere = !isPrivate && room !== current;
+    const nickWidth = Math.max(5, ...[...current?.nicks.values() ?? []].map(cells));
+    const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe };
+    this.#ui.message({ time, nick, target: clean(target), text, nickWidth, ...kind });
+    if (isForMe && this.rings) this.#ui.bell();
+  }
+  /** Notes that a message is shown. @returns whether it was shown before */
+  #markShown(id: string | undefined, time: number, room: Conversation | undefined): boolean {
+    if (id && this.#shown.has(id)) return true;
+    if (id && room) room.cursor = { id, time };
+    this.latest = Math.max(this.latest, time);
+    if (id) this.#shown.add(id);
+    const [oldest = ""] = this.#shown;
+    if (this.#shown.size > SHOWN_IDS) this.#shown.delete(oldest);
+    return false;
+  }
+  /** Shows that one is in a room: its names and its history are there. */
+  entered(room: Conversation, isOnlyRoom: boolean): void {
+    const me = this.#me.nick;
+    const here = listed([...room.nicks.values()].filter((nick) => fold(nick) !== fold(me)), 12);
+    if (room.isGreeted) return this.note(`back in ${room.name}`);
+    room.isGreeted = true;
+    if (room.topic) this.note(`topic of ${room.name}: ${room.topic}`);
+    if (isOnlyRoom) this.#ui.welcome(clean(room.name), clean(me), clean(here));
+    else this.note(`in ${room.name} as ${me}; here: ${here || "nobody else"}`);
+  }
+  #showDay(time: number): void {
+    const day = new Date(time).toDateString();
+    if (this.#day && day !== this.#day) this.#ui.aside(clean(day));
+    this.#day = day;
+  }
+  /** Somebody joined or left. Changes in quick succession are shown together, and those that cancel out not at all. */
+  presence(nick: string, how: Presence): void {
+    if (!this.#changes.size) this.#cancelPresence = this.#clock.after(PRESENCE_MS, () => this.#showPresence());
+    if ((this.#changes.get(nick) ?? how) === how) this.#changes.set(nick, how);
+    else this.#changes.delete(nick);
+  }
+  /** Shows nothing more by itself. */
+  end(): void {
+    this.#cancelPresence();
+  }
+  #showPresence(): void {
+    const texts = (["joined", "left"] as const).map((how) => {
+      const nicks = [...this.#changes.keys()].filter((nick) => this.#changes.get(nick) === how);
+      return nicks.length && `${listed(nicks, 5)} ${how}`;
+    }).filter(Boolean);
+    this.#changes.clear();
+    if (texts.length) this.#ui.aside(clean(texts.join("; ")));
+  }
+}
+
+class Conversations {
+  readonly rooms = new Map<string, Conversation>(); // by folded name
+  current: Conversation | undefined; // the one being talked in
+  wanted = ""; // the room to talk in once it has been joined
+  readonly #transcript: Transcript;
+  readonly #clock: Clock;
+  readonly #sendRequest: (params: readonly string[]) => void;
+  readonly #batches = new Map<string, { readonly target: string; readonly lines: Line[] }>(); // pages of history
+  #pageSize: number = LIMITS.chathistory; // messages that the server gives at once
+  #completeUntil = 0; // up to this time no private message was missed
+  #hasJoined = false;
+  #requests = 0; // for history that has not come yet
+  /** @param sendRequest sends a CHATHISTORY with these parameters */
+  constructor(transcript: Transcript, clock: Clock, sendRequest: (params: readonly string[]) => void) {
+    this.#transcript = transcript;
+    this.#clock = clock;
+    this.#sendRequest = sendRequest;
+  }
+
+  find(name: string): Conversation | undefined {
+    return this.rooms.get(fold(name));
+  }
+  /** The client has left the last of its rooms. */
+  get isRoomless(): boolean {
+    return this.#hasJoined && this.rooms.size === 0;
+  }
+  /** Takes a numeric reply: 005 says how large a page of history is, 332 a topic, 353 nicks, 366 that all have come. */
+  numeric({ command, params }: Line): void {
+    const room = this.find(params.find((param) => param.startsWith("#")) ?? "");
+    const last = params.at(-1) ?? "";
+    if (command === "005") {
+      const size = Number(params.find((token) => token.startsWith("CHATHISTORY="))?.split("=")[1]);
+      if (size > 0) this.#pageSize = Math.min(size, LIMITS.chathistory);
+    } else if (!room) return;
+    else if (command === "332") room.topic = last;
+    else if (command === "353") {
+      for (const nick of last.split(" ").filter(Boolean)) room.nicks.set(fold(nick), clean(nick));
+    } else if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
+  }
+  /** The connection was lost: what comes from now on is to be asked for on the next one. */
+  disconnected(): void {
+    if (!this.#requests) this.#completeUntil = this.#transcript.latest || this.#completeUntil;
+    this.#requests = 0;
+    this.#batches.clear();
+    for (const room of this.rooms.values()) room.state = "absent";
+  }
+  /** There is a connection. After a reconnect the server is asked who has sent private messages meanwhile. */
+  connected(isReturning: boolean): void {
+    if (isReturning) {
+      const future = new Date(this.#clock.wall() + 86_400_000).toISOString();
+      this.#request("TARGETS", this.#since, `timestamp=${future}`);
+    }
+    this.#completeUntil ||= this.#clock.wall();
+  }
+  /** The client has joined a room. A cursor at the present keeps what was said before from being loaded. */
+  joined(name: string, wantsHistory: boolean): void {
+    const room = this.find(name) ?? new Conversation(name);
+    this.rooms.set(fold(name), room);
+    this.#hasJoined = true;
+    room.nicks.clear();
+    room.topic = ""; // 332 follows if there is one
+    if (room.cursor) {
+      room.state = "page after cursor";
+      const since = new Date(room.cursor.time - 1).toISOString(); // with the last message, to notice a gap
+      this.#request("AFTER", name, `timestamp=${since}`);
+    } else if (wantsHistory) {
+      room.state = "latest page";
+      this.#request("LATEST", name, "*");
+    } else {
+      room.cursor = { id: "", time: this.#transcript.latest || this.#clock.wall() };
+      room.state = "live";
+    }
+    if (this.wanted ? fold(this.wanted) === fold(name) : !this.current) {
+      this.wanted = "";
+      this.current = room;
+    }
+  }
+  parted(room: Conversation): void {
+    this.rooms.delete(fold(room.name));
+    if (room === this.current) this.current = [...this.rooms.values()].at(-1);
+  }
+  /** Somebody joined or left a room: shown if it is the current one, and not part of catching up. */
+  presence(room: Conversation, nick: Clean, how: Presence): void {
+    const wasThere = room.nicks.has(fold(nick));
+    if (how === "joined") room.nicks.set(fold(nick), nick);
+    else room.nicks.delete(fold(nick));
+    const isChange = wasThere !== (how === "joined");
+    if (isChange && room === this.current && !room.isLoading) this.#transcript.presence(nick, how);
+  }
+  rename(nick: string, to: Clean): void {
+    for (const { nicks } of this.rooms.values()) if (nicks.delete(fold(nick))) nicks.set(fold(to), to);
+  }
+
+  // ---- Messages and history
+
+  /** Takes a message: shows it, or holds it until its room has caught up. */
+  message(line: Line): void {
+    const room = this.find(line.params[0] ?? "");
+    if (room?.isLoading) room.held.push(line);
+    else this.#show(line, "new");
+  }
+  #show(line: Line, how: Shown): void {
+    this.#transcript.show(line, how, this.find(line.params[0] ?? ""), this.current);
+  }
+  /** Takes BATCH, or a line in a batch. @returns whether the line was taken */
+  takeBatched(line: Line): boolean {
+    const [reference = "", , target = ""] = line.params;
+    const id = reference.slice(1);
+    if (line.command !== "BATCH") {
+      const batch = this.#batches.get(line.tags.get("batch") ?? "");
+      batch?.lines.push(line);
+      return batch !== undefined;
+    }
+    const batch = this.#batches.get(id);
+    if (reference.startsWith("+")) this.#batches.set(id, { target, lines: [] });
+    else if (this.#batches.delete(id) && batch) this.#pageCame(batch.target, batch.lines);
+    return true;
+  }
+  #request(...params: readonly string[]): void {
+    this.#requests++;
+    this.#sendRequest([...params, String(this.#pageSize)]);
+  }
+  /** Since when private messages may have been missed. Those of that very millisecond come once more. */
+  get #since(): string {
+    return `timestamp=${new Date(this.#completeUntil - 1).toISOString()}`;
+  }
+  /** Takes a page of a target's history, and asks for the next one if there may be more; or a list of targets. */
+  #pageCame(target: string, lines: readonly Line[]): void {
+    this.#requests = Math.max(0, this.#requests - 1);
+    if (!target) {
+      const nicks = lines.map(({ params: [, name = ""] }) => name).filter((name) => !name.startsWith("#"));
+      for (const nick of nicks) this.#request("AFTER", nick, this.#since);
+      return;
+    }
+    const room = this.find(target);
+    const isLatest = room?.state === "latest page";
+    const isRequested = room !== undefined && !room.isLoading; // by the person
+    const expected = room?.state === "page after cursor" && room.cursor?.id;
+    if (expected && !lines.some(({ tags }) => tags.get("msgid") === expected)) {
+      this.#transcript.note("something may be missing here: the server no longer has it");
+    }
+    for (const line of isLatest ? lines.slice(-HISTORY_SHOWN) : lines) {
+      this.#show(line, isRequested ? "again" : isLatest ? "old" : "new");
+    }
+    if (isRequested) return;
+    const last = lines.at(-1)?.tags.get("msgid");
+    if (!isLatest && lines.length >= this.#pageSize && last) {
+      if (room) room.state = "next page";
+      return this.#request("AFTER", target, `msgid=${last}`);
+    }
+    if (room) this.#becomeLive(room);
+  }
+  #becomeLive(room: Conversation): void {
+    room.state = "live";
+    this.#transcript.entered(room, this.rooms.size === 1);
+    for (const line of room.held.splice(0)) this.#show(line, "new");
+  }
+}
+
+/* =====================================================================================================================
+ * Client
+ * A person's side of the chat: what is to be said goes into a queue, what the server sends into the conversations. Each
+ * line has an idempotency key; what was not acknowledged is sent again on the next connection.
+ * ================================================================================================================== */
+
+/** A message to be sent. */
+interface Outgoing {
+  readonly target: string; // empty for the room that will be talked in first
+  readonly text: string;
+}
+
+/**
+ * Splits a text into parts that fit into one message each, between grapheme clusters where that is possible.
+ * @param wrapping what stands around each part
+ */
+function splitText(text: string, source: string, target: string, wrapping: string): string[] {
+  const head = `:${source} PRIVMSG ${target || "x".repeat(LIMITS.room)} :${wrapping}`;
+  const space = LIMITS.bodyBytes - 2 - Buffer.byteLength(head);
+  const bytes = (cluster: string) => Buffer.byteLength(cluster);
+  const clusters = graphemes(text.replace(/[\0\r\n]/g, " ")).flatMap((one) => bytes(one) > space ? [...one] : [one]);
+  return joinUpTo(space, clusters, bytes);
+}
+
+/** The messages to be sent, in order. The first of them, a window, are sent and not yet acknowledged. */
+class SendQueue {
+  readonly #instance = crypto.randomBytes(9).toString("base64url");
+  readonly messages = new Map<number, Outgoing>(); // by number; the acknowledged ones are gone
+  refused = 0; // messages that the server did not take
+  #number = 0;
+  #sent = 0; // the highest number sent on this connection
+  add(message: Outgoing): void {
+    this.messages.set(++this.#number, message);
+  }
+  /** The connection was lost: what was not acknowledged has to be sent once more. */
+  restart(): void {
+    this.#sent = 0;
+  }
+  /** Sends what fits into the window. @param room where the messages without a target go */
+  pump(link: Link, room: string): void {
+    let inFlight = 0;
+    for (const [number, { target, text }] of this.messages) {
+      if (++inFlight > LIMITS.window) return;
+      if (number <= this.#sent) continue;
+      this.#sent = number;
+      link.send("PRIVMSG", [target || room, text], [[ONCE, `${this.#instance}-${number}`]]);
+    }
+  }
+  /** Takes the key of a message that the server has executed or refused. @returns whether it was one of these */
+  acknowledge(key = "", isRefused = false): boolean {
+    const [instance, number] = key.split(/-(?=\d+$)/);
+    if (instance !== this.#instance || !this.messages.delete(Number(number))) return false;
+    if (isRefused) this.refused++;
+    return true;
+  }
+}
+
+class Client implements ConnectionEvents {
+  readonly ui: Ui;
+  readonly connection: Connection;
+  readonly transcript: Transcript;
+  readonly conversations: Conversations;
+  newKeys: Keys | undefined; // of a new password that the server has not confirmed yet
+  readonly #options: Settings;
+  readonly #login: Login;
+  readonly #queue = new SendQueue();
+  #inputEnded = false; // it leaves when everything has been sent
+  #progressAt = 0; // when the input ended, or a message was acknowledged since
+  #gaveUp = false;
+  constructor(options: Settings) {
+    const { ui, clock, room = "" } = options;
+    this.ui = ui;
+    this.#options = options;
+    this.#login = new Login(options);
+    this.connection = new Connection(options, this.#login, this);
+    this.transcript = new Transcript(ui, clock, this.#login);
+    this.conversations = new Conversations(this.transcript, clock, (params) => this.link?.send("CHATHISTORY", params));
+    this.conversations.wanted = room;
+  }
+  /** Stays in the chat until the person leaves, or all input was sent. @returns the exit status */
+  async run(): Promise<number> {
+    const { messages } = this.#queue;
+    try {
+      await this.connection.run();
+      return !this.#login.isReturning || this.#gaveUp || messages.size || this.#queue.refused ? 1 : 0;
+    } finally {
+      this.transcript.end();
+      if (this.#login.isReturning && messages.size) {
+        this.note(`${plural(messages.size, "line was", "lines were")} not sent:`);
+        for (const { target, text } of messages.values()) this.note(`${target || this.defaultTarget} ${text}`);
+      }
+    }
+  }
+  get link(): Link | undefined {
+    return this.connection.link;
+  }
+  get room(): Conversation | undefined {
+    return this.conversations.current;
+  }
+  /** The target of a message that names none; empty before the first room has been joined. */
+  get defaultTarget(): string {
+    return this.room?.name ?? this.conversations.wanted;
+  }
+  /** How many messages wait to be sent or acknowledged. */
+  get waiting(): number {
+    return this.#queue.messages.size;
+  }
+  note(text: string): void {
+    this.transcript.note(text);
+  }
+
+  // ---- The connection
+
+  onWelcome(link: Link, isReturning: boolean): void {
+    if (!isReturning) link.send("CAP", ["REQ", "draft/chathistory"]); // see Login
+    const { rooms, wanted } = this.conversations;
+    for (const { name } of rooms.values()) link.send("JOIN", [name]);
+    if (wanted) link.send("JOIN", [wanted]);
+    this.conversations.connected(isReturning);
+    this.ui.acceptLines();
+    this.#proceed();
+  }
+  onLine(line: Line): void {
+    const { command, tags } = line;
+    if (this.#queue.acknowledge(tags.get(ONCE), /^([45]\d\d|FAIL)$/.test(command))) {
+      this.#progressAt = this.#options.clock.now();
+      if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput(false);
+    }
+    if (!this.conversations.takeBatched(line)) this.#dispatch(line);
+    this.#proceed();
+  }
+  onLost(why: string): void {
+    this.conversations.disconnected();
+    this.#queue.restart();
+    this.note(`connection lost: ${why}; taking it up again`);
+    this.#proceed();
+  }
+  /** Gives up the rest of the input if the server takes none of it. */
+  onTick(): void {
+    const { clock, timeoutMs = LIMITS.timeoutMs } = this.#options;
+    if (!this.#inputEnded || clock.now() - this.#progressAt <= timeoutMs) return;
+    this.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
+    this.#gaveUp = true;
+    this.connection.stop();
+  }
+  /** Does what has become possible: sends, leaves if the input has ended and all of it was taken, shows the prompt. */
+  #proceed(): void {
+    if (this.connection.isOver) return;
+    const { link, room } = this;
+    const mayTalk = room ? room.state !== "absent" : this.conversations.isRoomless;
+    if (link && mayTalk) this.#queue.pump(link, this.defaultTarget);
+    if (this.#inputEnded && this.#login.isReturning && !this.waiting && room) return this.connection.leave();
+    const isOnline = link && mayTalk;
+    const waiting = this.waiting > (isOnline ? 20 : 0) ? `${this.waiting} waiting` : ""; // a few are always in flight
+    const state = [this.#login.isReturning && !isOnline && "offline", waiting].filter(Boolean).join(", ");
+    this.ui.setPrompt(clean(`${state && `[${state}] `}${room?.name ?? ""}> `));
+  }
+
+  // ---- What the person does
+
+  inputEnded(): void {
+    this.#inputEnded = true;
+    this.#progressAt = this.#options.clock.now();
+    this.#proceed();
+  }
+  /**
+   * Says something to a room or a nick, or in the current room; a long text in several messages.
+   * @param wrapPart what to put around each part
+   */
+  say(target: string, text: string, wrapPart = (part: string) => part): void {
+    const to = target || this.defaultTarget;
+    if (!to && this.conversations.isRoomless) return this.note("you are in no room: /join #ROOM enters one");
+    for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
+      if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note("too much waits; dropped");
+      this.#queue.add({ target: to, text: wrapPart(part) });
+    }
+    if (this.waiting >= LIMITS.outbox) this.ui.holdInput(true);
+    this.#proceed();
+  }
+  /** Enters a room, or turns to it if the client is in it already. */
+  talkIn(name: string): void {
+    const room = this.conversations.find(name);
+    if (room) this.conversations.current = room;
+    else {
+      this.conversations.wanted = name;
+      this.link?.send("JOIN", [name]);
+    }
+    this.#proceed();
+  }
+
+  // ---- What the server sends
+
+  #dispatch(line: Line): void {
+    const { conversations } = this;
+    const [first = "", second = "", third = "", fourth = ""] = line.params;
+    const room = conversations.find(first);
+    const nick = nickOf(line);
+    const isOwn = fold(nick) === fold(this.#login.nick);
+    switch (line.command) {
+      case "PRIVMSG":
+      case "NOTICE":
+        return conversations.message(line);
+      case "JOIN":
+        if (isOwn) return conversations.joined(first, this.ui.hasPerson);
+        return room && conversations.presence(room, nick, "joined");
+      case "PART":
+        if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
+        conversations.parted(room);
+        return this.note(`you left ${room.name}`);
+      case "QUIT":
+        return conversations.rooms.forEach((one) => conversations.presence(one, nick, "left"));
+      case "NICK":
+        if (isOwn) this.#login.nick = clean(first);
+        return conversations.rename(nick, clean(first));
+      case "TOPIC":
+        if (room) room.topic = second;
+        return this.note(
+          `${nick} ${second ? `set the topic of ${first}: ${second}` : `removed the topic of ${first}`}`,
+        );
+      case "005":
+      case "332":
+      case "353":
+      case "366":
+        return conversations.numeric(line);
+      case "322":
+        return this.note(`${second}: ${third} in it${fourth && `; ${fourth}`}`);
+      case "NOTE":
+      case "FAIL":
+        if (first === "PASS" && line.command === "NOTE") this.#login.keys = this.newKeys ?? this.#login.keys;
+        return this.note(wordsOf(line));
+      default:
+        return this.#numeric(line);
+    }
+  }
+  /** Shows errors and replies about people. An error about the wanted room ends a client without a person. */
+  #numeric(line: Line): void {
+    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) {
+      this.note([...line.params.slice(1, -1), wordsOf(line)].join(": "));
+    }
+    const { wanted } = this.conversations;
+    const isWanted = wanted && fold(line.params[1] ?? "") === fold(wanted);
+    if (!/^4/.test(line.command) || !isWanted) return;
+    if (!this.ui.hasPerson) throw new Fault(line.params.slice(1).map(clean).join(" "), "--room names another room", 2);
+    this.conversations.wanted = "";
+  }
+}
+
+/* =====================================================================================================================
+ * Slash commands
+ * What a person can enter in the client.
+ * ================================================================================================================== */
+
+type SlashCommand = (client: Client, rest: string) => void | Promise<void>;
+
+const EXIT = row<SlashCommand>("", "leave", ({ connection }) => connection.leave());
+
+export const SLASH: Table<SlashCommand> = {
+  exit: EXIT,
+  quit: EXIT,
+  help: row("[COMMAND]", "tell what you can type", (client, rest) => {
+    const name = rest.replace(/^\//, "");
+    const found = rowOf(SLASH, name);
+    for (const line of helpLines(found ? { [name]: found } : SLASH, "/")) client.note(line);
+    if (!found) client.note("//TEXT               say something that begins with a slash");
+  }),
+  who: row("", "list who is in this room", (client) => {
+    const { name = "no room", nicks = new Map<string, Clean>() } = client.room ?? {};
+    client.note(`${plural(nicks.size, "person", "people")} in ${name}: ${[...nicks.values()].join(", ")}`);
+  }),
+  msg: row("NICK TEXT", "say something to one person", (client, rest) => {
+    const [nick = "", text] = rest.split(/ +(.*)/s);
+    if (text) client.say(nick, text);
+    else client.note("/msg NICK TEXT: say what?");
+  }),
+  r: row("TEXT", "answer who wrote to you last", (client, rest) => {
+    const { correspondent } = client.transcript;
+    if (correspondent) client.say(correspondent, rest);
+    else client.note("nobody has written to you yet");
+  }),
+  me: row("TEXT", "say what you do", (client, rest) => client.say("", rest, (part) => `\x01ACTION ${part}\x01`)),
+  join: row("#ROOM", "enter a room, or turn to it", (client, rest) => {
+    client.talkIn(rest.replace(/^#?/, "#").replace(/ .*/, ""));
+  }),
+  part: row("", "leave this room", ({ link, room }) => room && link?.send("PART", [room.name])),
+  topic: row("[TEXT]", "show or set the room's topic", (client, rest) => {
+    const { link, room } = client;
+    if (!room) return client.note("you are in no room");
+    if (rest) return link?.send("TOPIC", [room.name, rest]);
+    client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
+  }),
+  rooms: row("", "list the rooms", ({ link }) => link?.send("LIST", [])),
+  history: row("[N]", "show what was said, N lines of it", ({ link, room }, rest) => {
+    link?.send("CHATHISTORY", ["LATEST", room?.name ?? "*", "*", String(Number(rest) || HISTORY_SHOWN)]);
+  }),
+  ignore: row("NICK", "hide what somebody says, or show it again", ({ transcript }, rest) => {
+    const wasHidden = transcript.ignored.delete(fold(rest));
+    if (!wasHidden) transcript.ignored.add(fold(rest));
+    transcript.note(`${rest} is ${wasHidden ? "heard again" : "ignored"}`);
+  }),
+  bell: row("on|off", "ring when you are named", ({ transcript }, rest) => {
+    transcript.rings = rest !== "off";
+    transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
+  }),
+  tls: row("", "tell about the connection", (client) => {
+    for (const fact of client.link?.facts() ?? ["not connected"]) client.note(fact);
+  }),
+  password: row("", "change your password", changePassword),
+  reconnect: row("", "connect anew, now", ({ connection }) => connection.reconnect()),
+  clear: row("", "clear the screen", ({ ui }) => ui.clear()),
+};
+
+/** Takes lines that were entered. A slash begins a command if it was typed, in a paste only if the person says so. */
+async function enter(client: Client, texts: readonly string[], how: Input): Promise<void> {
+  let mode: "say" | "run" | "no" = how === "text" ? "say" : "run";
+  if (how === "pasted") mode = await askAboutPaste(client, texts);
+  for (const text of mode === "no" ? [] : texts) {
+    const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
+    const isLiteral = mode === "say" || (how === "pasted" && !isCommand(text));
+    if (slash === undefined || isLiteral) client.say("", text);
+    else if (slash) client.say("", text.slice(1));
+    else await runCommand(client, name.toLowerCase(), rest.trim());
+  }
+}
+
+function runCommand(client: Client, name: string, rest: string): void | Promise<void> {
+  const found = rowOf(SLASH, name);
+  if (!found) {
+    return client.note(`there is no /${name}; did you mean /${nearest(name, Object.keys(SLASH))}? /help lists all`);
+  }
+  if (/^[^[]/.test(found.usage) && !rest) return client.note(`/${name} ${found.usage}: ${found.about}`);
+  return found.run(client, rest);
+}
+
+/** Whether a text would be run if it was typed. */
+const isCommand = (text: string) => rowOf(SLASH, /^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
+
+async function changePassword(client: Client): Promise<void> {
+  const password = await client.ui.ask(clean("New password: "), true);
+  const again = password && await client.ui.ask(clean("The same again: "), true);
+  if (!password || again === undefined) return client.note("nothing is changed");
+  if (password !== again) {
+    client.note("these were two different passwords");
+    return changePassword(client);
+  }
+  client.newKeys = await deriveKeys(password);
+  client.link?.send("PASS", [formatVerifier(verifierOf(client.newKeys))]);
+}
+
+/** What could stand in place of the text before the cursor: with its last word completed. */
+function completionsOf(before: string, { room, conversations: { rooms } }: Client): readonly string[] {
+  const [, start = "", word = ""] = /^(.* )?([^ ]*)$/s.exec(before) ?? [];
+  const nicks = [...room?.nicks.values() ?? []].map((nick) => start ? `${nick} ` : `${nick}: `);
+  const commands = start ? [] : Object.keys(SLASH).map((name) => `/${name} `);
+  const all = [...commands, ...[...rooms.values()].map(({ name }) => `${name} `), ...nicks];
+  return word ? all.filter((one) => fold(one).startsWith(fold(word))).map((one) => start + one) : [];
+}
+
+/** Asks whether to say the lines of a paste, or to run the commands among them, if there is a doubt. */
+async function askAboutPaste(client: Client, texts: readonly string[]): Promise<"say" | "run" | "no"> {
+  const { waiting } = client;
+  if (texts.length + waiting > LIMITS.outbox) {
+    const many = plural(texts.length, "line is", "lines are");
+    client.note(`${many} too many, with ${waiting} waiting to be sent; nothing of it is sent`);
+    return "no";
+  }
+  const [command, ...more] = texts.filter(isCommand);
+  let question = "";
+  if (command !== undefined) {
+    const others = more.length ? ` and ${plural(more.length, "more command", "more commands")}` : "";
+    const all = texts.length > 1 ? `all ${texts.length} pasted lines` : "it";
+    question = `Run the pasted "${cut(command, 60)}"${others}, or say ${all} in ${client.defaultTarget}? (run/say/no) `;
+  } else if (texts.length > 5) question = `Send these ${texts.length} lines? (yes/no) `;
+  if (!question) return "say";
+  const answer = (await client.ui.ask(clean(question)))?.trim().toLowerCase() ?? "no";
+  if (command !== undefined && (answer === "run" || answer === "say")) return answer;
+  if (command === undefined && /^y(es)?$/.test(answer)) return "say";
+  client.note("nothing is sent");
+  return "no";
+}
+
+/**
+ * Joins a chat, and stays until the person leaves.
+ * @returns the exit status
+ * @throws {Fault} if it cannot join, or cannot trust the server any more
+ */
+export async function join(options: JoinOptions): Promise<number> {
+  const client = new Client({ ...options, clock: options.clock ?? systemClock });
+  const leave = () => client.connection.leave();
+  options.signal?.addEventListener("abort", leave);
+  options.ui.listen({
+    onLines: (lines, how) => void enter(client, lines.filter((line) => line.trim()), how),
+    onEnd: () => client.inputEnded(),
+    onLeave: leave,
+    onGone: leave,
+    onTab: (before) => completionsOf(before, client),
+  });
+  return await client.run();
+}
+
+/* =====================================================================================================================
+ * Command line
+ * What the program takes is a table, and help is made from it. Secrets are passed in environment variables, never as
+ * arguments.
+ * ================================================================================================================== */
+
+/** Reads the value of an option: undefined if it is not valid. An option without a reader takes no value. */
 type Read = ((text: string) => string | number | undefined) | undefined;
-const option = (usage: string, about: string, run?: Read): Row<Read> => ({ usage, about, run });
+const option = (usage: string, about: string, run?: Read) => row(usage, about, run);
 const least = (minimum: number) => (text: string) =>
   /^\d{1,9}$/.test(text) && Number(text) >= minimum ? Number(text) : undefined;
 const words = (text: string) => clean(text) === text && text || undefined;
-const roomName = (text: string) => isRoom(text.replace(/^#?/, "#")) ? text.replace(/^#?/, "#") : undefined;
+const roomName = (text: string) => {
+  const name = text.replace(/^#?/, "#");
+  return isRoom(name) ? name : undefined;
+};
 const EXPLAIN = option("", "tell what happens on the wire, as it happens");
 const KEYLOG = option("", "print the TLS keys; whoever has them can read along");
 
@@ -3769,35 +4417,45 @@ const SECRETS = {
 function help(command = ""): string {
   if (command !== "serve" && command !== "join") return USAGE;
   const synopsis = USAGE.split("\n").find((line) => line.startsWith(`  chat ${command}`))?.trim();
-  return [synopsis, "", ...rows(OPTIONS[command], "  --"), "", SECRETS[command]].join("\n");
+  return [synopsis, "", ...helpLines(OPTIONS[command], "  --"), "", SECRETS[command]].join("\n");
+}
+
+/** The options given, by name, of the types that the readers in OPTIONS return. An option without a value is true. */
+interface Options extends Omit<ServerOptions, "explain"> {
+  explain?: true;
+  keylog?: true;
+  nick?: string;
+  timeout?: number;
+  plain?: true;
 }
 
 const wrong = (message: string, hint: string) => new Fault(message, hint, 2);
 
-/** Reads options and one address. @throws {Fault} that names what is wrong, and what is nearest to it. */
-function readArguments(command: "serve" | "join", args: readonly string[]) {
+/** Reads options and at most one address. @throws {Fault} that names the wrong option, and the nearest right one */
+function readArguments(command: "serve" | "join", args: readonly string[]): { address: string; options: Options } {
   const options: Record<string, string | number | true> = {};
-  const rest: string[] = [];
-  for (const words = [...args]; words.length;) {
-    const [, name, attached] = /^--?([^=]+)(?:=(.*))?$/s.exec(words[0] ?? "") ?? [];
-    const word = words.shift() ?? "";
-    const row = rowOf(OPTIONS[command], name ?? "");
-    if (name === undefined) rest.push(word);
-    else if (!row) {
-      const hint = `did you mean --${nearest(name, Object.keys(OPTIONS[command]))}?`;
-      throw wrong(`chat ${command} has no option --${name}`, hint);
-    } else {
-      const text = row.run ? attached ?? words.shift() ?? "" : attached ?? "";
-      const value = row.run ? row.run(text) : !text || undefined;
-      if (value === undefined) throw wrong(`--${name} cannot be "${text}"`, `--${name} ${row.usage}: ${row.about}`);
-      if (name === "keylog" && "Deno" in globalThis) {
-        throw wrong("--keylog is not possible on Deno", "Node tells the keys");
-      }
-      options[name] = value;
+  const addresses: string[] = [];
+  const known = OPTIONS[command];
+  for (const left = [...args]; left.length;) {
+    const word = left.shift() ?? "";
+    const [, name, attached] = /^--?([^=]+)(?:=(.*))?$/s.exec(word) ?? [];
+    if (name === undefined) {
+      addresses.push(word);
+      continue;
     }
+    const found = rowOf(known, name);
+    if (!found) {
+      throw wrong(`chat ${command} has no option --${name}`, `did you mean --${nearest(name, Object.keys(known))}?`);
+    }
+    const { usage, about, run } = found;
+    const text = attached ?? (run && left.shift()) ?? "";
+    const value = run ? run(text) : !text || undefined;
+    if (value === undefined) throw wrong(`--${name} cannot be "${text}"`, `--${name} ${usage}: ${about}`);
+    options[name.replace(/-./g, (match) => match.charAt(1).toUpperCase())] = value; // maxClients for --max-clients
   }
-  if (rest.length > 1) throw wrong(`one address is enough: ${rest.join(" ")}`, `${CHAT} help ${command}`);
-  return { address: rest[0] ?? "", options };
+  if (options["keylog"] && "Deno" in globalThis) throw wrong("--keylog is not possible on Deno", "Node tells the keys");
+  if (addresses.length > 1) throw wrong(`one address is enough: ${addresses.join(" ")}`, `${CHAT} help ${command}`);
+  return { address: addresses[0] ?? "", options };
 }
 
 /** Reads `HOST`, `HOST:PORT`, `:PORT` or `[IPv6]:PORT`. */
@@ -3810,64 +4468,72 @@ function readAddress(text: string): { host: string; port: number } {
 }
 
 async function mainServe(args: readonly string[]): Promise<number> {
-  const { address, options: { keylog, explain, "max-clients": maxClients, "per-address": perAddress, ...others } } =
-    readArguments("serve", args);
+  const { address, options: { explain, keylog, ...options } } = readArguments("serve", args);
   const { host, port } = readAddress(address);
   const [secret, key, cert] = ["CHAT_SECRET", "CHAT_KEY", "CHAT_CERT"].map(environment);
   const identity = makeIdentity({ ...secret && { secret }, ...key && { key }, ...cert && { cert } });
-  let screen: Screen | undefined;
-  const tell = (line: string) => screen ? screen.note(line) : write(process.stderr, `chat: ${line}\n`);
-  const log = (line: string) => void tell(`${new Date().toTimeString().slice(0, 8)} ${line}`);
-  const watch = {
-    ...keylog && { keylog: (line: Buffer) => void write(process.stdout, line) },
-    ...explain && { explain: (line: string) => void tell(line) },
-  };
-  const limits = { ...maxClients && { maxClients: +maxClients }, ...perAddress && { perAddress: +perAddress } };
+  let ui: Ui | undefined; // the operator's, once the server listens
+  const print = (line: string) => ui ? ui.note(clean(line)) : void write(process.stderr, `chat: ${clean(line)}\n`);
+  const log = (line: string) => print(`${new Date().toTimeString().slice(0, 8)} ${line}`);
   const names = namesOf(host); // before a socket is open: then the runtime would look up who is at its other end
-  const serving = await serve({ ...others, ...limits, host, port, identity, log, ...watch });
-  const reach = names.map((name) => `${name}:${serving.port}`);
-  const invitations = reach.map((name) => `${CHAT} join ${name}/${identity.pin}`);
-  if (keylog) tell("warning: the TLS keys go to standard output; whoever has them can read along");
-  tell(`serving ${serving.server.lobby.name} on ${bracketed(host)}:${serving.port}`);
-  for (const invitation of invitations) tell(`to join:      ${invitation}`);
-  if (names[0] === UNKNOWN) tell(`${UNKNOWN} stands for an address of this machine: put it there`);
-  tell(`IRC clients:  ${reach[0]} with TLS; your password as server password`);
-  tell("nothing is written to disk: accounts and history end with this process");
-  if (isLoopback(host)) {
-    tell(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
-  }
-  return await new Promise<number>((resolve) => {
-    let stopping = false;
-    const stop = async () => {
-      if (stopping) return;
-      stopping = true;
-      log("stopping");
-      await serving.stop("The server is stopping");
-      screen?.close();
-      resolve(0);
-    };
-    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, stop);
-    if (!process.stdin.isTTY || !process.stdout.isTTY) return;
-    screen = new Screen();
-    screen.prompt = "> ";
-    let askedAt = -Infinity;
-    const askToStop = (): readonly string[] => {
-      const here = [...serving.server.accounts.all.values()].filter(({ present }) => present).length;
-      const again = performance.now() - askedAt < LIMITS.againMs;
-      askedAt = performance.now();
-      if (here && !again) return [`${plural(here, "person is", "people are")} here; again to stop`];
-      void stop();
-      return [];
-    };
-    screen.onInterrupt = () => askToStop().forEach(tell);
-    screen.onEnd = stop;
-    const own = {
-      invite: order("", "tell how to join", () => invitations),
-      stop: order("", "stop the server", askToStop),
-    };
-    screen.onLines = (lines) =>
-      lines.forEach((line) => obey(serving.server, { ...CONSOLE, ...own }, line).forEach(tell));
+  const serving = await serve({
+    ...options,
+    ...{ host, port, identity, log },
+    ...keylog && { keylog: (line: Buffer) => void write(process.stdout, line) },
+    ...explain && { explain: print },
   });
+  const invitations = names.map((name) => `${CHAT} join ${name}:${serving.port}/${identity.pin}`);
+  if (keylog) print("warning: the TLS keys go to standard output; whoever has them can read along");
+  print(`serving ${serving.server.lobby.name} on ${bracketed(host)}:${serving.port}`);
+  for (const invitation of invitations) print(`to join:      ${invitation}`);
+  if (names[0] === UNKNOWN) print(`${UNKNOWN} stands for an address of this machine: put it there`);
+  print(`IRC clients:  ${names[0]}:${serving.port} with TLS; your password as server password`);
+  print("nothing is written to disk: accounts and history end with this process");
+  if (isLoopback(host)) {
+    print(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
+  }
+  await new Promise<void>((stop) => {
+    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => stop());
+    if (process.stdin.isTTY && process.stdout.isTTY) ui = openConsole(serving.server, invitations, print, stop);
+  });
+  log("stopping");
+  await serving.stop("The server is stopping");
+  ui?.close();
+  return 0;
+}
+
+/** Opens the operator's console. Stopping a room that is not empty has to be confirmed. */
+function openConsole(
+  server: Server,
+  invitations: readonly string[],
+  print: (line: string) => void,
+  stop: () => void,
+): Ui {
+  let askedAt = -Infinity;
+  const askToStop = (): readonly string[] => {
+    const here = server.presentMembers.length;
+    const isConfirmed = performance.now() - askedAt < LIMITS.againMs;
+    askedAt = performance.now();
+    if (here && !isConfirmed) return [`${plural(here, "person is", "people are")} here; again to stop`];
+    stop();
+    return [];
+  };
+  const table: Table<ConsoleCommand> = {
+    ...CONSOLE,
+    invite: { usage: "", about: "tell how to join", run: () => invitations },
+    stop: { usage: "", about: "stop the server", run: askToStop },
+  };
+  const ui = openUi();
+  ui.listen({
+    onLines: (lines) => lines.forEach((line) => runConsoleLine(server, table, line).forEach(print)),
+    onLeave: () => askToStop().forEach(print),
+    onEnd: stop,
+    onGone: stop,
+    onTab: () => [],
+  });
+  ui.acceptLines();
+  ui.setPrompt(clean("> "));
+  return ui;
 }
 
 const UNKNOWN = "ADDRESS";
@@ -3880,29 +4546,19 @@ const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
 function namesOf(host: string): readonly string[] {
   if (!/^(0\.0\.0\.0|::)$/.test(host)) return [bracketed(host)];
   type Report = { header: { networkInterfaces: { internal: boolean; address: string }[] } };
-  let addresses: string[] = [];
+  let interfaces: Report["header"]["networkInterfaces"] = [];
   try {
-    const { networkInterfaces } = (process.report.getReport() as unknown as Report).header;
-    addresses = networkInterfaces.filter(({ internal }) => !internal).map(({ address }) => address);
+    interfaces = (process.report.getReport() as unknown as Report).header.networkInterfaces;
   } catch {
     return [UNKNOWN];
   }
-  const rank = (address: string) =>
-    Number(address.includes(":")) * 2 + Number(!/^(10|192\.168|172\.(1[6-9]|2\d|3[01])|f[cd]..)[.:]/i.test(address));
-  const reachable = addresses
-    .filter((address) => !/^(169\.254\.|fe[89ab].:)/i.test(address) && (host === "::" || !address.includes(":")))
+  const isIpv6 = (address: string) => address.includes(":");
+  const isPrivate = (address: string) => /^(10|192\.168|172\.(1[6-9]|2\d|3[01])|f[cd]..)[.:]/i.test(address);
+  const rank = (address: string) => (isIpv6(address) ? 2 : 0) + (isPrivate(address) ? 0 : 1);
+  const reachable = interfaces.filter(({ internal }) => !internal).map(({ address }) => address)
+    .filter((address) => !/^(169\.254\.|fe[89ab].:)/i.test(address) && (host === "::" || !isIpv6(address)))
     .sort((one, other) => rank(one) - rank(other));
   return reachable.length ? [...new Set(reachable)].map(bracketed) : [UNKNOWN];
-}
-
-/** Runs an order of the operator's. */
-function obey(server: Server, table: Table<Order>, line: string): readonly string[] {
-  const [, name = "", nick = "", rest = ""] = /^\/?([^ ]*) *([^ ]*) *(.*)$/s.exec(line.trim()) ?? [];
-  const row = rowOf(table, name);
-  if (!name) return [];
-  if (name === "help") return rows(table, "/");
-  if (!row) return [`there is no /${name}; did you mean /${nearest(name, [...Object.keys(table), "help"])}?`];
-  return row.usage && !nick ? [`/${name} ${row.usage}: ${row.about}`] : [row.run(server, nick, rest)].flat();
 }
 
 async function mainJoin(args: readonly string[]): Promise<number> {
@@ -3911,37 +4567,36 @@ async function mainJoin(args: readonly string[]): Promise<number> {
   if (!target) throw wrong("join whom?", `${CHAT} join HOST:PORT`);
   const pin = written === undefined ? undefined : readPin(written);
   if (written !== undefined && !pin) throw wrong(`${written} is no pin`, "a pin is six groups of four, of a-z and 2-7");
-  const [nick, room] = [options["nick"] ?? who, options["room"]].map((value) => value?.toString());
+  const { nick = who, room, timeout, plain = false, explain = false, keylog = false } = options;
   if (nick !== undefined && !isNick(nick)) throw wrong(`${nick} is no nick`, REFUSALS["bad nick"]);
   const [password, ca] = ["CHAT_PASSWORD", "CHAT_CA"].map(environment);
   if (ca && !readPem("CHAT_CA", ca, "certificate", (text) => new crypto.X509Certificate(text)).ca) {
     throw new Fault("the certificate in CHAT_CA is none of an authority", "it is the issuer's that belongs there");
   }
-  const screen = new Screen(options["plain"] === true);
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => screen.onInterrupt());
+  const ui = openUi(plain);
+  const leave = new AbortController();
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => leave.abort());
   try {
-    const flags = { explain: options["explain"] === true, keylog: options["keylog"] === true };
-    const timeoutMs = options["timeout"] === undefined ? undefined : 1000 * Number(options["timeout"]);
-    return await join({ ...readAddress(target), ...flags, timeoutMs, pin, nick, room, password, ca, screen });
+    const timeoutMs = timeout && 1000 * timeout;
+    const settings = { pin, nick, room, password, ca, explain, keylog, timeoutMs, ui, signal: leave.signal };
+    return await join({ ...readAddress(target), ...settings });
   } finally {
-    screen.close();
+    ui.close();
   }
 }
 
-/** Runs a command line. @returns the exit status. */
+/** Runs a command line. @returns the exit status */
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
-  // A log that cannot be written (its reader has gone, the disk is full) must not end the server with all accounts.
-  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
   try {
     const run = rowOf({ serve: mainServe, join: mainJoin }, command);
     if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
     else if (!command) throw wrong("serve or join?", `${CHAT} help`);
-    else {throw wrong(
-        `there is no chat ${command}`,
-        `did you mean ${CHAT} ${nearest(command, ["serve", "join", "help", "version"])}?`,
-      );}
+    else {
+      const known = nearest(command, ["serve", "join", "help", "version"]);
+      throw wrong(`there is no chat ${command}`, `did you mean ${CHAT} ${known}?`);
+    }
     return 0;
   } catch (error) {
     const { message, hint, status = 1 } = error as Partial<Fault>;

@@ -9,13 +9,14 @@ import crypto from "node:crypto";
 import { mock, type TestContext } from "node:test";
 import tls from "node:tls";
 import {
+  type Clock,
   deriveKeys,
   formatVerifier,
   type Keys,
   makeIdentity,
   scramClient,
   serve,
-  type ServerOptions,
+  type ServeOptions,
   type Serving,
   verifierOf,
 } from "../chat.ts";
@@ -82,6 +83,12 @@ export class Text extends EventEmitter {
     this.emit("more");
   }
 
+  /** Drops what has been taken, so that a long conversation does not fill the memory. */
+  forget(): void {
+    this.all = this.all.slice(this.#taken);
+    this.#taken = 0;
+  }
+
   /** Waits until the pattern matches what was not taken yet, and takes everything up to its end. */
   async wait(pattern: RegExp, ms = WAIT_MS): Promise<RegExpExecArray> {
     const late = AbortSignal.timeout(ms);
@@ -100,6 +107,11 @@ export class Text extends EventEmitter {
   }
 }
 
+/** What owns connections and processes, and closes them at its end: a test, or a case of the benchmark. */
+export interface Scope {
+  after(close: () => unknown): void;
+}
+
 /** A child process, its output as it comes, and its end. */
 export class Running {
   readonly out = new Text();
@@ -108,7 +120,7 @@ export class Running {
   /** The exit status; a signal is told by its name. */
   readonly ended: Promise<number | string>;
 
-  constructor(test: TestContext, command: readonly string[], env: Readonly<Record<string, string>> = {}) {
+  constructor(test: Scope, command: readonly string[], env: Readonly<Record<string, string>> = {}) {
     const [file = "", ...args] = command;
     this.child = spawn(file, args, { env: environment(env), stdio: ["pipe", "pipe", "pipe"] });
     this.child.stdout?.setEncoding("utf8").on("data", (text: string) => this.out.add(text));
@@ -157,22 +169,71 @@ export function joinProcess(
   return new Running(test, [...RUNTIMES[runtime](), "join", address, ...args], { ...secrets, ...env });
 }
 
+/** A clock that stands still until a test moves it. */
+export class FakeClock implements Clock {
+  #now = 1_000_000;
+  #wall = Date.now();
+  #timers: { readonly at: number; readonly run: () => void }[] = [];
+  wall(): number {
+    return this.#wall;
+  }
+  now(): number {
+    return this.#now;
+  }
+  after(ms: number, run: () => void): () => void {
+    const timer = { at: this.#now + ms, run };
+    this.#timers.push(timer);
+    return () => this.#timers = this.#timers.filter((one) => one !== timer);
+  }
+  /** Moves the clock, and runs the timers that have expired, in order. */
+  tick(ms: number): void {
+    const until = this.#now + ms;
+    for (;;) {
+      const [next] = this.#timers.filter(({ at }) => at <= until).sort((one, other) => one.at - other.at);
+      if (!next) break;
+      this.#wall += Math.max(0, next.at - this.#now);
+      this.#now = Math.max(this.#now, next.at);
+      this.#timers = this.#timers.filter((one) => one !== next);
+      next.run();
+    }
+    this.#wall += until - this.#now;
+    this.#now = until;
+  }
+  /** Sets the time of day, as an operator or NTP does; durations do not change. */
+  setWall(time: number): void {
+    this.#wall = time;
+  }
+}
+
 /**
  * Makes scrypt quick in this process, for suites in which it is not what is tested: another function of the password
  * and the salt stands in for it.
+ * @param test the only test that it is quick in
+ * @returns how often it has been called
  */
-export function quickScrypt(): void {
+export function quickScrypt(test?: TestContext): () => number {
   type Callback = (error: Error | null, key: Buffer) => void;
   const quick = (password: string, salt: Buffer, _bytes: number, _options: unknown, done: Callback) => {
     setImmediate(done, null, crypto.createHash("sha256").update(salt).update(password).digest());
   };
-  mock.method(crypto, "scrypt", quick);
+  const { mock: mocked } = (test?.mock ?? mock).method(crypto, "scrypt", quick);
+  return () => mocked.callCount();
+}
+
+/** A seeded generator of random numbers (mulberry32): each call returns an integer from 0 to `below` - 1. */
+export function random(seed: number): (below: number) => number {
+  return (below) => {
+    seed = seed + 0x6d2b79f5 | 0;
+    let mixed = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    mixed = mixed + Math.imul(mixed ^ mixed >>> 7, 61 | mixed) ^ mixed;
+    return ((mixed ^ mixed >>> 14) >>> 0) % below;
+  };
 }
 
 const identity = makeIdentity({});
 
 /** A server in this process, with no limit on the rate and quiet unless told otherwise. */
-export async function serveHere(test: TestContext, options: ServerOptions = {}): Promise<Serving> {
+export async function serveHere(test: TestContext, options: Partial<ServeOptions> = {}): Promise<Serving> {
   const serving = await serve({ host: "127.0.0.1", port: 0, identity, rate: 0, perAddress: 1000, ...options });
   test.after(() => serving.stop("The test is over"));
   return serving;
@@ -184,7 +245,7 @@ export class Irc extends Text {
   readonly closed: Promise<unknown>;
   #tokens = 0;
 
-  constructor(test: TestContext, socket: tls.TLSSocket) {
+  constructor(test: Scope, socket: tls.TLSSocket) {
     super();
     this.socket = socket;
     socket.setEncoding("utf8").on("data", (text: string) => this.add(text));
@@ -207,12 +268,16 @@ export class Irc extends Text {
   }
 }
 
-/** Connects to a server by TLS. */
-export async function dial(test: TestContext, port: number, options: tls.ConnectionOptions = {}): Promise<Irc> {
+/** Connects to a server by TLS, whatever its certificate. */
+export async function connect(port: number, options: tls.ConnectionOptions = {}): Promise<tls.TLSSocket> {
   const socket = tls.connect({ host: "127.0.0.1", port, rejectUnauthorized: false, ...options });
-  const irc = new Irc(test, socket);
   await once(socket, "secureConnect");
-  return irc;
+  return socket;
+}
+
+/** Connects to a server by TLS, for a test that sends its lines by hand. */
+export async function dial(test: Scope, port: number, options: tls.ConnectionOptions = {}): Promise<Irc> {
+  return new Irc(test, await connect(port, options));
 }
 
 /** Connects and logs in by PASS, with these capabilities, up to the end of the names of the first room. */

@@ -11,7 +11,7 @@ import { type Runtime, serveProcess, wants } from "./helpers.ts";
 const newKey = () => crypto.generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
 const pem = (key: crypto.KeyObject) => key.export({ type: "pkcs8", format: "pem" }).toString();
 
-/** The Fault that `run` ends with. */
+/** The Fault that `run` throws. */
 function fault(run: () => unknown): Fault {
   try {
     run();
@@ -19,10 +19,10 @@ function fault(run: () => unknown): Fault {
     assert.ok(error instanceof Fault, String(error));
     return error;
   }
-  assert.fail("no fault");
+  assert.fail("nothing was thrown");
 }
 
-test("a pin is 120 bits of SHA-256 over the SubjectPublicKeyInfo in base32", () => {
+test("a pin is the first 120 bits of SHA-256 over the SubjectPublicKeyInfo, in base32", () => {
   const key = crypto.createPublicKey(newKey());
   const der = key.export({ type: "spki", format: "der" });
   const hash = crypto.createHash("sha256").update(der).digest();
@@ -33,7 +33,7 @@ test("a pin is 120 bits of SHA-256 over the SubjectPublicKeyInfo in base32", () 
   assert.match(pinOf(key), /^([a-z2-7]{4}-){5}[a-z2-7]{4}$/);
 });
 
-test("a pin is read whatever its case and hyphens, and nothing else is", () => {
+test("a pin is read in any case, with or without hyphens, and other texts are not", () => {
   const pin = "k3mf-x2qd-7xpa-44rt-5zpq-m2nc";
   for (const text of [pin, pin.toUpperCase(), pin.replaceAll("-", ""), "K3MFX2QD-7xpa44rt5zpqm2nc"]) {
     assert.equal(readPin(text), pin);
@@ -43,7 +43,7 @@ test("a pin is read whatever its case and hyphens, and nothing else is", () => {
   }
 });
 
-test("the certificate says what it should, and its signature is right", () => {
+test("a self-signed certificate names this machine, is valid for ten years, and its signature verifies", () => {
   const key = newKey();
   const cert = new crypto.X509Certificate(selfSigned(key));
   assert.equal(cert.subject, "CN=chat");
@@ -57,7 +57,7 @@ test("the certificate says what it should, and its signature is right", () => {
   assert.notEqual(cert.serialNumber, new crypto.X509Certificate(selfSigned(key)).serialNumber);
 });
 
-test("OpenSSL and GnuTLS accept the certificate", wants("openssl", "certtool"), () => {
+test("OpenSSL and GnuTLS accept a self-signed certificate", wants("openssl", "certtool"), () => {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-cert-"));
   const file = path.join(folder, "cert.pem");
   fs.writeFileSync(file, selfSigned(newKey()));
@@ -65,16 +65,16 @@ test("OpenSSL and GnuTLS accept the certificate", wants("openssl", "certtool"), 
   assert.match(openssl("verify", "-x509_strict", "-check_ss_sig", "-CAfile", file, file), /: OK/);
   assert.match(openssl("x509", "-in", file, "-noout", "-text"), /Version: 3[\s\S]*ecdsa-with-SHA256/);
   openssl("asn1parse", "-in", file, "-strictpem");
-  const told = execFileSync("certtool", ["--verify", "--load-ca-certificate", file, "--infile", file], {
+  const output = execFileSync("certtool", ["--verify", "--load-ca-certificate", file, "--infile", file], {
     encoding: "utf8",
   });
-  assert.match(told, /Chain verification output: Verified/);
+  assert.match(output, /Chain verification output: Verified/);
   fs.rmSync(folder, { recursive: true });
 });
 
 const SECRET = "0123456789abcdefghijklmn";
 
-test("a secret makes the same key each time, and another one makes another", () => {
+test("a secret always derives the same key, and another secret derives another key", () => {
   const { pin } = makeIdentity({ secret: SECRET });
   assert.equal(makeIdentity({ secret: SECRET }).pin, pin);
   assert.notEqual(makeIdentity({ secret: `${SECRET}x` }).pin, pin);
@@ -82,17 +82,17 @@ test("a secret makes the same key each time, and another one makes another", () 
 });
 
 for (const runtime of ["binary", "node", "deno", "node20"] as readonly Runtime[]) {
-  test(`CHAT_SECRET makes the same key with ${runtime}`, async (t) => {
+  test(`CHAT_SECRET derives the same key with ${runtime}`, async (t) => {
     const server = await serveProcess(t, [], { runtime, env: { CHAT_SECRET: SECRET } });
     assert.equal(server.pin, makeIdentity({ secret: SECRET }).pin);
   });
 }
 
-test("a secret that is too short is refused", () => {
-  assert.match(fault(() => makeIdentity({ secret: "x".repeat(23) })).message, /CHAT_SECRET is too short/);
+test("a secret with fewer than 24 characters is refused", () => {
+  assert.match(fault(() => makeIdentity({ secret: SECRET.slice(1) })).message, /CHAT_SECRET is too short/);
 });
 
-test("keys and certificates that do not serve are refused in words that tell them apart", () => {
+test("each mistake in CHAT_KEY and CHAT_CERT is refused with a message of its own", () => {
   const key = newKey();
   const [own, other] = [selfSigned(key), selfSigned(newKey())];
   const wrong = (from: { key?: string; cert?: string }) => fault(() => makeIdentity(from));
@@ -106,6 +106,10 @@ test("keys and certificates that do not serve are refused in words that tell the
   assert.match(wrong({ key: pem(key), cert: pem(key) }).message, /CHAT_CERT is not that of a certificate/);
   const locked = key.export({ type: "pkcs8", format: "pem", cipher: "aes-256-cbc", passphrase: "x" }).toString();
   assert.match(wrong({ key: locked, cert: own }).message, /encrypted/);
-  const secret = fault(() => readPem("CHAT_KEY", "s3cr3t that is no path!", "private key", String));
-  assert.doesNotMatch(secret.message + secret.hint, /s3cr3t/);
+});
+
+test("the message about an unreadable key does not print what was in the variable", () => {
+  const { message, hint } = fault(() => readPem("CHAT_KEY", "s3cr3t that is no path!", "private key", String));
+  assert.match(message, /CHAT_KEY must hold the PEM text of a private key/);
+  assert.doesNotMatch(message + hint, /s3cr3t/);
 });

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { cells, clean, cut, fold, format, isNick, isRoom, LIMITS, parse, Splitter, wrap } from "../chat.ts";
+import { cells, clean, cut, fold, format, isNick, isRoom, LIMITS, LineSplitter, parse, wrap } from "../chat.ts";
 
-const splits = (splitter: Splitter) => {
-  const found: (string | undefined)[] = [];
-  for (let split; (split = splitter.next());) found.push(split.text ?? `<${split.fault}>`);
+/** The lines that a splitter has; faults in angle brackets. */
+const splits = (splitter: LineSplitter) => {
+  const found: string[] = [];
+  for (let split; (split = splitter.next());) found.push("text" in split ? split.text : `<${split.fault}>`);
   return found;
 };
 
@@ -16,7 +17,7 @@ test("a line is parsed into tags, source, command and parameters", () => {
   assert.deepEqual(line.params, ["#chat", "two  words"]);
 });
 
-test("lines that are odd are parsed as the documents say", () => {
+test("unusual lines are parsed as Modern IRC and message-tags specify", () => {
   assert.deepEqual(parse("ping").command, "PING");
   assert.deepEqual(parse("JOIN :").params, [""]);
   assert.deepEqual(parse("JOIN #a  ").params, ["#a"]);
@@ -31,7 +32,7 @@ test("lines that are odd are parsed as the documents say", () => {
   assert.equal(parse("@k=1;k=2 X").tags.get("k"), "2");
 });
 
-test("what was formatted is parsed to the same, whatever is in it", () => {
+test("a formatted line is parsed to the same tags, source, command and parameters", () => {
   const tags = [["a", "; \\\r\n="], ["+b/c", ""]] as const;
   for (const last of ["", " ", ":", ":a", "a b", "a:b", "ünï 😀"]) {
     const line = parse(format("CMD", ["one", last], "me!me@x", tags));
@@ -40,25 +41,59 @@ test("what was formatted is parsed to the same, whatever is in it", () => {
   }
 });
 
-test("a stream is split at CR, LF and both, however it is cut into packets", () => {
+test("a stream is split at CR, LF and both, whatever the size of its chunks", () => {
   const stream = Buffer.from("one\r\ntwo\nthree\r\r\n\n\nfoür\r\nrest");
   for (let size = 1; size <= stream.length; size++) {
-    const splitter = new Splitter();
+    const splitter = new LineSplitter();
     const found = [];
     for (let at = 0; at < stream.length; at += size) {
       splitter.push(stream.subarray(at, at + size));
       found.push(...splits(splitter));
     }
     assert.deepEqual(found, ["one", "two", "three", "foür"]);
-    assert.equal(splitter.size, 4);
+    assert.equal(splitter.buffered, 4);
   }
 });
 
-test("a body has 512 bytes with its CR LF, and tags have 4096 of their own", () => {
+test("nothing of a line end is left in the buffer, even if CR and LF come in two chunks", () => {
+  for (const chunks of [["one\r\n"], ["one\r", "\n"], ["one\n"], ["one\r"], ["on", "e\r", "\n\r", "\n"]]) {
+    const splitter = new LineSplitter();
+    const found = chunks.flatMap((chunk) => {
+      splitter.push(Buffer.from(chunk));
+      return splits(splitter);
+    });
+    assert.deepEqual(found, ["one"], JSON.stringify(chunks));
+    assert.equal(splitter.buffered, 0, JSON.stringify(chunks));
+  }
+});
+
+test("nothing is buffered as soon as the last line has been returned", () => {
+  for (const lineEnd of ["\n", "\r", "\r\n", "\r\n\r\n"]) {
+    const splitter = new LineSplitter();
+    splitter.push(Buffer.from(`one${lineEnd}two${lineEnd}`));
+    assert.deepEqual(splitter.next(), { text: "one" });
+    assert.deepEqual(splitter.next(), { text: "two" });
+    assert.equal(splitter.buffered, 0, JSON.stringify(lineEnd));
+    splitter.push(Buffer.from(`${"x".repeat(600)}${lineEnd}`));
+    assert.deepEqual(splits(splitter), ["<too long>"]);
+    assert.equal(splitter.buffered, 0, JSON.stringify(lineEnd));
+  }
+});
+
+test("a CR LF in two chunks leaves nothing in the buffer after a line that is too long", () => {
+  const splitter = new LineSplitter();
+  splitter.push(Buffer.from(`${"x".repeat(600)}\r`));
+  assert.deepEqual(splits(splitter), ["<too long>"]);
+  splitter.push(Buffer.from("\n"));
+  assert.deepEqual(splits(splitter), []);
+  assert.equal(splitter.buffered, 0);
+});
+
+test("a line may have 512 bytes with its CR LF, and its tags 4096 of their own", () => {
   const check = (line: string) => {
-    const splitter = new Splitter();
-    splitter.push(Buffer.from(`${line}\r\nnext\r\n`));
-    return splits(splitter).map((text) => text?.startsWith("<") ? text : text?.length);
+    const splitter = new LineSplitter();
+    splitter.push(Buffer.from(`${line}\r\nnext\n`));
+    return splits(splitter).map((text) => text.startsWith("<") ? text : text.length);
   };
   assert.deepEqual(check("x".repeat(510)), [510, 4]);
   assert.deepEqual(check("x".repeat(511)), ["<too long>", 4]);
@@ -69,43 +104,43 @@ test("a body has 512 bytes with its CR LF, and tags have 4096 of their own", () 
   assert.deepEqual(check(`@${"t".repeat(100_000)}`), ["<too long>", 4]);
 });
 
-test("an endless line is told once, is not kept, and what follows it is read", () => {
-  const splitter = new Splitter();
+test("an endless line is reported once and not buffered, and the line after it is read", () => {
+  const splitter = new LineSplitter();
   const found = [];
-  for (let piece = 0; piece < 1000; piece++) {
+  for (let chunk = 0; chunk < 1000; chunk++) {
     splitter.push(Buffer.alloc(1000, "x"));
     found.push(...splits(splitter));
-    assert.ok(splitter.size <= 1512);
+    assert.ok(splitter.buffered <= LIMITS.bodyBytes + 1000);
   }
   splitter.push(Buffer.from("tail\nnext\n"));
   assert.deepEqual([...found, ...splits(splitter)], ["<too long>", "next"]);
 });
 
-test("bytes that are no UTF-8 and NUL bytes are told apart from lines", () => {
-  const splitter = new Splitter();
+test("a line that is not UTF-8 or has a NUL is reported as such, and the next one is read", () => {
+  const splitter = new LineSplitter();
   splitter.push(Buffer.from([0x61, 0xff, 0x0a, 0x61, 0x00, 0x0a, 0xc3, 0xa9, 0x0a, 0xed, 0xa0, 0x80, 0x0a]));
   assert.deepEqual(splits(splitter), ["<not UTF-8>", "<NUL>", "é", "<not UTF-8>"]);
 });
 
-test("names are folded in ASCII only", () => {
+test("names are casefolded in ASCII only", () => {
   assert.equal(fold("#Ärger[]{}XYZ"), "#Ärger[]{}xyz");
 });
 
-test("a nick is 1 to 20 letters, digits and specials, and no service", () => {
+test("a nick has 1 to 20 ASCII letters, digits and specials, and is not that of a service", () => {
   for (const nick of ["a", "Ana-2", "[x]\\`_^{|}", "x".repeat(20)]) assert.ok(isNick(nick), nick);
   for (const nick of ["", "2a", "-a", "a b", "añ", "a.b", "x".repeat(21), "NickServ", "#a", "a!b", "*"]) {
     assert.ok(!isNick(nick), nick);
   }
 });
 
-test("a room is # and what shows", () => {
+test("the name of a room is # and then visible characters without space and comma", () => {
   for (const room of ["#a", "#Käse", "#日本", "##", "#a:b"]) assert.ok(isRoom(room), room);
   for (const room of ["#", "a", "#a b", "#a,b", "#a\x07", "#a\u202eb", "#a\u200b", `#${"x".repeat(50)}`, "&a"]) {
     assert.ok(!isRoom(room), JSON.stringify(room));
   }
 });
 
-test("a text is cut at bytes but not inside a character", () => {
+test("a text is cut to a number of bytes, but not inside a character", () => {
   assert.equal(cut("aé😀z", 100), "aé😀z");
   for (let bytes = 0; bytes <= 8; bytes++) {
     const short = cut("aé😀z", bytes);
@@ -114,7 +149,7 @@ test("a text is cut at bytes but not inside a character", () => {
   }
 });
 
-test("nothing harmful is left by cleaning: no control, no override, nothing invisible", () => {
+test("clean leaves no control character, no bidirectional override and nothing invisible", () => {
   for (let code = 0; code <= 0x10ffff; code++) {
     if (code >= 0xd800 && code <= 0xdfff) continue;
     const char = String.fromCodePoint(code);
@@ -124,7 +159,7 @@ test("nothing harmful is left by cleaning: no control, no override, nothing invi
   }
 });
 
-test("cleaning takes IRC's formatting away and keeps what makes emoji and letters", () => {
+test("clean removes IRC's formatting, and keeps what emoji and letters are composed of", () => {
   assert.equal(clean("\x02bold\x02 \x0304,12red\x03 \x1d\x1f\x16\x0f\x04ff0000x"), "bold red x");
   for (const text of ["👨‍👩‍👧", "🏳️‍🌈", "🏴󠁧󠁢󠁳󠁣󠁴󠁿", "👩🏽‍💻", "می‌خواهم", "क्‍ष", "❤️", "e\u0301", "שלום", "🇩🇪"]) {
     assert.equal(clean(text), text);
@@ -136,7 +171,7 @@ test("cleaning takes IRC's formatting away and keeps what makes emoji and letter
   assert.equal(clean("\ud800"), "\ufffd");
 });
 
-test("a text's width is that on a terminal", () => {
+test("the column width of a text is that on a terminal", () => {
   const widths = {
     "": 0,
     abc: 3,
@@ -153,7 +188,7 @@ test("a text's width is that on a terminal", () => {
   for (const [text, width] of Object.entries(widths)) assert.equal(cells(text), width, text);
 });
 
-test("long texts are wrapped between words, long words inside, links not at all", () => {
+test("a long text is wrapped between words, a long word inside, and a link not at all", () => {
   assert.deepEqual(wrap("one two three", 7), ["one two", "three"]);
   assert.deepEqual(wrap("abcdefgh", 3), ["abc", "def", "gh"]);
   assert.deepEqual(wrap("see https://example.org/a/long/path ok", 10), [

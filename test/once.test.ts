@@ -1,13 +1,27 @@
-// Never lose a line, never say it twice: real clients, whose connections are cut at random points, hundreds of times.
+// The client's connection. Each line is delivered exactly once, however often the connection breaks: real clients, whose
+// connections are cut at random points, hundreds of times. And the life of a client: it reconnects, it leaves, and it
+// does not wait for ever for a server to log it in.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import net from "node:net";
 import path from "node:path";
 import { test, type TestContext } from "node:test";
-import { type Event, join, LIMITS, type Screen, type Server } from "../chat.ts";
-import { enter, joinProcess, Running, serveHere, until } from "./helpers.ts";
+import tls from "node:tls";
+import {
+  COMMANDS,
+  type Event,
+  Fault,
+  join,
+  type JoinOptions,
+  LIMITS,
+  makeIdentity,
+  type Server,
+  type Ui,
+  type UiEvents,
+} from "../chat.ts";
+import { enter, FakeClock, Running, serveHere, until } from "./helpers.ts";
 
-/** Numbers from 0 up to 1, the same in each run. */
+/** A seeded generator of numbers from 0 up to 1. */
 function dice(seed: number): () => number {
   return () => {
     seed = (seed * 1_664_525 + 1_013_904_223) % 2 ** 32;
@@ -15,7 +29,7 @@ function dice(seed: number): () => number {
   };
 }
 
-/** A TCP proxy that cuts each connection after some bytes one way or the other: in mid-record, and so in mid-line. */
+/** A TCP proxy that cuts each connection after some bytes in one direction: inside a TLS record, and so inside a line. */
 async function cutter(
   t: TestContext,
   port: number,
@@ -62,7 +76,7 @@ async function cutter(
   };
 }
 
-/** Everything that the server ever records. */
+/** Collects every event of a server. */
 function record(server: Server): Event[] {
   const events: Event[] = [];
   const original = server.history.record.bind(server.history);
@@ -79,7 +93,7 @@ const said = (events: readonly Event[], nick: string, target: string) =>
     text
   );
 
-/** Writes lines, one after the other, as often as the clock ticks. */
+/** Writes lines to all clients, one every 8 ms. */
 async function write(clients: readonly Running[], lines: readonly string[]): Promise<void> {
   for (const line of lines) {
     for (const client of clients) client.write(`${line}\n`);
@@ -87,13 +101,13 @@ async function write(clients: readonly Running[], lines: readonly string[]): Pro
   }
 }
 
-/** A client that does not wait before it connects again. */
+/** A client that reconnects without a delay. */
 const impatient = (t: TestContext, port = 0, ...args: readonly string[]) =>
   new Running(t, [process.execPath, path.join(import.meta.dirname, "impatient.ts"), String(port), ...args]);
 
 const LINES = Array.from({ length: 900 }, (_, at) => `line ${at} ${"x".repeat(at % 50)}.`);
 
-test("through hundreds of cuts each line is in the room once and in order, and every reader has it once", async (t) => {
+test("through a hundred cuts every line reaches the room and every reader exactly once and in order", async (t) => {
   const { port, server } = await serveHere(t, { history: 10_000 });
   const events = record(server);
   const witness = await enter(t, port, "witness");
@@ -114,12 +128,12 @@ test("through hundreds of cuts each line is in the room once and in order, and e
   for (const client of [ana, bo]) assert.deepEqual(heard(client), LINES);
   await witness.sync();
   for (const nick of ["ana", "bo"]) {
-    assert.equal(witness.all.split(`:${nick}!${nick}@chat JOIN`).length, 2, "seen to join once");
-    assert.equal(witness.all.split(`:${nick}!${nick}@chat QUIT`).length, 2, "seen to leave once");
+    assert.equal(witness.all.split(`:${nick}!${nick}@chat JOIN`).length, 2, "joins once");
+    assert.equal(witness.all.split(`:${nick}!${nick}@chat QUIT`).length, 2, "leaves once");
   }
 });
 
-test("that is so with little history, for one who is alone in a room, and for two clients of one account", async (t) => {
+test("lines also arrive exactly once with a short history, in a room without others, and from two clients of one account", async (t) => {
   const { port, server } = await serveHere(t, { history: 10 });
   const events = record(server);
   const proxies = [await cutter(t, port, 3), await cutter(t, port, 4), await cutter(t, port, 5)];
@@ -144,52 +158,88 @@ test("that is so with little history, for one who is alone in a room, and for tw
   assert.equal(shared.length, 2 * LINES.length);
 });
 
-/** A person at a terminal, as far as the client needs one: it takes lines, and keeps what is shown. */
-class Person {
-  readonly kind = "plain";
-  readonly shown: string[] = [];
-  readonly columns = 80;
-  prompt = "";
-  onLines: (lines: readonly string[], pasted: boolean) => void = () => {};
-  onEnd = () => {};
-  onInterrupt = () => {};
-  paint = (_code: unknown, text: string) => text;
-  nick = (name: string) => name;
-  say = (head: string, text: string) => void this.shown.push(head + text);
-  note = (text: string) => void this.shown.push(`-- ${text}`);
-  bell = () => {};
-  ask = () => Promise.resolve(undefined);
+/** A person at a terminal. It records what the client calls; a question stays open until a test answers it. */
+class Person implements Ui {
+  readonly hasPerson = true;
+  readonly calls: string[] = []; // of every method, with its words
+  readonly messages: Parameters<Ui["message"]>[0][] = [];
+  readonly answers: ((answer: string) => void)[] = []; // of the questions that are open
+  events: UiEvents | undefined;
+  listen(events: UiEvents): void {
+    this.events = events;
+  }
+  acceptLines = () => this.#called("acceptLines");
+  message(message: Parameters<Ui["message"]>[0]): void {
+    this.messages.push(message);
+    this.#called(`message ${message.text}`);
+  }
+  note = (text: string) => this.#called(`note ${text}`);
+  welcome = (room: string) => this.#called(`welcome ${room}`);
+  aside = (text: string) => this.#called(`aside ${text}`);
+  bell = () => this.#called("bell");
+  ask(question: string): Promise<string> {
+    this.#called(`ask ${question}`);
+    return new Promise((answer) => this.answers.push(answer));
+  }
+  setPrompt = (prompt: string) => this.#called(`setPrompt ${prompt}`);
+  holdInput = (hold: boolean) => this.#called(`holdInput ${hold}`);
+  clear = () => this.#called("clear");
+  close = () => this.#called("close");
+  #called(what: string): void {
+    this.calls.push(what);
+  }
+  /** Waits until the client has called a method with words that match. */
+  called(pattern: RegExp): Promise<void> {
+    return until(
+      () => this.calls.some((call) => pattern.test(call)),
+      () => `no ${pattern} in:\n${this.calls.join("\n")}`,
+    );
+  }
+  type(line: string): void {
+    this.events?.onLines([line], "typed");
+  }
+  leave(): void {
+    this.events?.onLeave();
+  }
 }
 
-test("that is so with private messages, also when both sides are cut", async (t) => {
+/** Joins as `ana`, with a Person as the interface, who leaves when the test ends. */
+function joinAs(
+  t: TestContext,
+  port: number,
+  options: Partial<JoinOptions> = {},
+): { person: Person; ended: Promise<number> } {
+  const person = new Person();
+  const ended = join({
+    host: "127.0.0.1",
+    port,
+    nick: "ana",
+    password: "x",
+    ui: person,
+    backOffMs: () => 0,
+    ...options,
+  });
+  ended.catch(() => {}); // the test looks at it later
+  t.after(() => person.leave());
+  return { person, ended };
+}
+
+test("private messages arrive exactly once, also when the connections of both sides are cut", async (t) => {
   const { port, server } = await serveHere(t);
   const events = record(server);
-  const proxies = [await cutter(t, port, 6), await cutter(t, port, 7)];
-  const people = [new Person(), new Person()];
-  t.after(() => people.forEach((person) => person.onInterrupt()));
-  const ended = ["ana", "bo"].map((nick, at) =>
-    join({
-      host: "127.0.0.1",
-      port: proxies[at]?.port ?? 0,
-      nick,
-      password: "x",
-      screen: people[at] as unknown as Screen,
-      backOffMs: () => 0,
-    })
-  );
-  for (const person of people) {
-    await until(() => person.shown.some((line) => /^Welcome/.test(line)), () => person.shown.join("\n"));
-  }
-  const [ana, bo] = people;
-  assert.ok(ana && bo);
+  const proxies = [await cutter(t, port, 6), await cutter(t, port, 7)] as const;
+  const { person: ana, ended: anaEnded } = joinAs(t, proxies[0].port);
+  const { person: bo, ended: boEnded } = joinAs(t, proxies[1].port, { nick: "bo" });
+  for (const person of [ana, bo]) await person.called(/^welcome/);
   for (const line of LINES) {
-    ana.onLines([`/msg bo ${line}`], false);
-    bo.onLines([`/msg ana ${line}`], false);
+    ana.type(`/msg bo ${line}`);
+    bo.type(`/msg ana ${line}`);
     await new Promise((tick) => setTimeout(tick, 8));
   }
   for (const proxy of proxies) proxy.calm();
   const heard = ([person, from, to]: readonly [Person, string, string]) =>
-    person.shown.filter((line) => line.includes(` ${from} > ${to} `)).map((line) => line.split(` > ${to} `)[1]);
+    person.messages.filter(({ isPrivate, nick, target }) => isPrivate && nick === from && target === to)
+      .map(({ text }) => text);
   const views = [[ana, "bo", "ana"], [bo, "ana", "bo"], [ana, "ana", "bo"], [bo, "bo", "ana"]] as const;
   await until(
     () => views.every((view) => heard(view).length >= LINES.length),
@@ -200,71 +250,298 @@ test("that is so with private messages, also when both sides are cut", async (t)
   assert.deepEqual(said(events, "ana", "bo"), LINES);
   assert.deepEqual(said(events, "bo", "ana"), LINES);
   for (const view of views) assert.deepEqual(heard(view).sort(), [...LINES].sort());
-  for (const person of people) person.onInterrupt();
-  assert.deepEqual(await Promise.all(ended), [0, 0]);
+  for (const person of [ana, bo]) person.leave();
+  assert.deepEqual(await Promise.all([anaEnded, boEnded]), [0, 0]);
 });
 
-test("a connection that is lost at once is tried again later and later, one that lasted is tried again at once", async (t) => {
+// ---- Reconnecting and leaving
+
+/** Closes the connections of a member, with a reason. */
+function disconnect(server: Server, nick: string, reason = "gone"): void {
+  for (const session of [...server.sessions]) if (session.nick === nick) session.close(reason);
+}
+
+test("each retry is counted, and the count starts again after a connection that lasted", async (t) => {
   const { port, server } = await serveHere(t);
   const witness = await enter(t, port, "witness");
-  let later = 0;
-  const real = performance.now.bind(performance);
-  t.mock.method(performance, "now", () => real() + later);
-  const person = new Person();
+  const clock = new FakeClock();
   const tries: number[] = [];
-  const backOffMs = (count: number) => tries.push(count) && 0;
-  const screen = person as unknown as Screen;
-  const ended = join({ host: "127.0.0.1", port, nick: "ana", password: "x", screen, backOffMs });
+  const { person, ended } = joinAs(t, port, { clock, backOffMs: (count) => tries.push(count) && 0 });
   const ban = async (lastedMs: number) => {
     await witness.wait(/:ana!ana@chat JOIN/);
-    later += lastedMs;
-    for (const session of [...server.sessions]) if (session.nick === "ana") session.close("You are banned here");
+    const welcomes = () => person.calls.filter((call) => /^(welcome|note back in)/.test(call)).length;
+    await until(() => welcomes() > tries.length, () => person.calls.join("\n")); // its clock may be moved now
+    clock.tick(lastedMs);
+    disconnect(server, "ana", "You are banned here");
   };
   for (let times = 0; times < 4; times++) await ban(0);
   await ban(LIMITS.steadyMs);
   await ban(0);
   await witness.wait(/:ana!ana@chat JOIN/);
   assert.deepEqual(tries, [0, 1, 2, 3, 0, 1]);
-  person.onInterrupt();
+  person.leave();
   assert.equal(await ended, 0);
 });
 
-for (const when of ["while it waits to connect again", "while it connects"]) {
-  test(`a client that is left ${when} connects no more`, async (t) => {
+/** A TCP proxy. It withholds all bytes of connections that are opened between `hold` and `release`. */
+async function gate(
+  t: TestContext,
+  port: number,
+): Promise<{ port: number; opened: () => number; hold: () => void; release: () => void }> {
+  const held: (() => void)[] = [];
+  let [isHolding, opened] = [false, 0];
+  const proxy = net.createServer((client) => {
+    opened++;
+    const isHeld = isHolding;
+    const server = net.connect(port, "127.0.0.1");
+    for (const [from, to] of [[client, server], [server, client]] as const) {
+      const pass = (act: () => void) => void (isHeld && isHolding ? held.push(act) : act());
+      from.on("error", () => {}).on("data", (chunk) => pass(() => to.write(chunk))).on(
+        "close",
+        () => pass(() => to.destroy()),
+      );
+    }
+    t.after(() => [client, server].forEach((socket) => socket.destroy()));
+  });
+  proxy.listen(0, "127.0.0.1");
+  await once(proxy, "listening");
+  t.after(() => proxy.close());
+  const release = () => {
+    isHolding = false;
+    for (const act of held.splice(0)) act();
+  };
+  return {
+    port: (proxy.address() as net.AddressInfo).port,
+    opened: () => opened,
+    hold: () => isHolding = true,
+    release,
+  };
+}
+
+/** Gives the event loop time for what should not happen. */
+const pause = () => new Promise((over) => setTimeout(over, 300));
+
+/** Asserts that a client that has left calls nothing any more, however much time passes, and has no connection. */
+async function assertIsOver(person: Person, clock: FakeClock, server: Server): Promise<void> {
+  const calls = person.calls.length;
+  for (let times = 0; times < 3; times++) {
+    await pause();
+    clock.tick(3_600_000);
+  }
+  assert.deepEqual(person.calls.slice(calls), []);
+  assert.deepEqual([...server.sessions].map(({ nick }) => nick), []);
+}
+
+test("a client that is left while it waits to reconnect does nothing more", async (t) => {
+  const { port, server } = await serveHere(t);
+  const clock = new FakeClock();
+  let delays = 0;
+  const { person, ended } = joinAs(t, port, { clock, backOffMs: () => ++delays * 5000 });
+  await person.called(/^welcome/);
+  const open = t.mock.method(server, "open");
+  disconnect(server, "ana");
+  await until(() => delays === 1, () => "it does not wait");
+  person.leave();
+  assert.equal(await ended, 0);
+  await assertIsOver(person, clock, server);
+  assert.deepEqual([open.mock.callCount(), delays], [0, 1]);
+});
+
+test("a client that is left while it connects does not log in", async (t) => {
+  const { port, server } = await serveHere(t);
+  const proxy = await gate(t, port);
+  const clock = new FakeClock();
+  const { person, ended } = joinAs(t, proxy.port, { clock });
+  await person.called(/^welcome/);
+  proxy.hold();
+  disconnect(server, "ana");
+  await until(() => proxy.opened() === 2, () => "it does not connect");
+  const execute = t.mock.method(server, "execute");
+  person.leave();
+  assert.equal(await ended, 0);
+  proxy.release();
+  await assertIsOver(person, clock, server);
+  assert.equal(execute.mock.callCount(), 0);
+});
+
+for (const isReturning of [false, true]) {
+  test(`a client that is left while it logs in ${isReturning ? "again " : ""}does nothing more`, async (t) => {
     const { port, server } = await serveHere(t);
-    const person = new Person();
-    let connects = () => {};
-    const waits = new Promise<void>((resolve) => connects = resolve);
-    const backOffMs = () => {
-      connects();
-      return when === "while it connects" ? 0 : 1e9;
-    };
-    const screen = person as unknown as Screen;
-    const ended = join({ host: "127.0.0.1", port, nick: "ana", password: "x", screen, backOffMs });
-    await until(() => person.shown.some((line) => /^Welcome/.test(line)), () => person.shown.join("\n"));
-    const opened = t.mock.method(server, "open");
-    for (const session of [...server.sessions]) session.close("gone");
-    await waits;
-    person.onInterrupt();
-    assert.equal(await ended, 0);
-    const witness = await enter(t, port, "witness");
-    await witness.sync();
-    assert.ok(opened.mock.callCount() <= 2, "the witness, and a connection that was under way");
-    assert.equal([...server.sessions].filter(({ nick }) => nick === "ana").length, 0);
+    const { AUTHENTICATE } = COMMANDS;
+    assert.ok(AUTHENTICATE);
+    const clock = new FakeClock();
+    const begin = () => joinAs(t, port, { clock });
+    const returning = isReturning ? begin() : undefined;
+    await returning?.person.called(/^welcome/);
+    let finish = () => {};
+    const run = t.mock.method(AUTHENTICATE, "run", () => new Promise<void>((resolve) => finish = resolve)); // no answer
+    disconnect(server, "ana");
+    const { person, ended } = returning ?? begin();
+    await until(() => run.mock.callCount() === 1, () => person.calls.join("\n"));
+    person.leave();
+    assert.equal(await ended, isReturning ? 0 : 1);
+    finish();
+    await assertIsOver(person, clock, server);
+    assert.equal(run.mock.callCount(), 1);
   });
 }
 
-test("a cable that is pulled out is noticed within a minute, and the line that was said meanwhile arrives", async (t) => {
+test("a client that is left during a question neither asks again nor logs in when it is answered", async (t) => {
+  const { port, server } = await serveHere(t);
+  const clock = new FakeClock();
+  const leave = new AbortController();
+  const { person, ended } = joinAs(t, port, { nick: undefined, clock, signal: leave.signal });
+  await person.called(/^ask Nick/);
+  leave.abort();
+  assert.equal(await ended, 1);
+  const calls = person.calls.length;
+  person.answers[0]?.("this is not a nick");
+  await pause();
+  assert.deepEqual(person.calls.slice(calls), []);
+  await assertIsOver(person, clock, server);
+});
+
+test("a client that has left shows nothing more of who joined just before", async (t) => {
+  const { port, server } = await serveHere(t);
+  const clock = new FakeClock();
+  const { person, ended } = joinAs(t, port, { clock });
+  await person.called(/^welcome/);
+  const bo = await enter(t, port, "bo");
+  await until(() => person.events?.onTab("b").length === 1, () => "it does not know of bo");
+  bo.socket.destroy();
+  await bo.closed;
+  person.leave();
+  assert.equal(await ended, 0);
+  disconnect(server, "bo");
+  await assertIsOver(person, clock, server);
+});
+
+test("an unplugged cable is noticed within a minute, and a line typed meanwhile is delivered after the reconnect", async (t) => {
   const { port } = await serveHere(t);
   const witness = await enter(t, port, "witness");
   const proxy = await cutter(t, port, 3);
   proxy.calm();
-  const ana = joinProcess(t, `ana@127.0.0.1:${proxy.port}`);
-  await ana.err.wait(/in #chat as/);
-  proxy.unplug(); // what is open; a new connection goes through
-  ana.write("said into the void\n");
-  await ana.err.wait(/connection lost: nothing heard for a minute/, 90_000);
+  const clock = new FakeClock();
+  const { person, ended } = joinAs(t, proxy.port, { clock });
+  await person.called(/^welcome/);
+  proxy.unplug(); // a new connection works
+  person.type("said into the void");
+  clock.tick(LIMITS.hushMs + 1);
+  await new Promise((watched) => setTimeout(watched, 1500)); // the client looks at the clock once a second
+  assert.ok(person.calls.every((call) => !/connection lost/.test(call)));
+  clock.tick(LIMITS.hushMs);
+  await person.called(/^note connection lost: nothing heard for a minute/);
   await witness.wait(/:ana!ana@chat PRIVMSG #chat :said into the void\r\n/);
-  ana.end();
-  assert.equal(await ana.ended, 0);
+  person.leave();
+  assert.equal(await ended, 0);
+});
+
+test("a server that is silent for half a minute and then answers a PING keeps its client", async (t) => {
+  const { port, server } = await serveHere(t);
+  const clock = new FakeClock();
+  const { person, ended } = joinAs(t, port, { clock });
+  await person.called(/^welcome/);
+  for (let times = 0; times < 3; times++) {
+    clock.tick(LIMITS.hushMs + 1);
+    await new Promise((watched) => setTimeout(watched, 1500));
+  }
+  assert.ok(person.calls.every((call) => !/connection lost/.test(call)));
+  assert.equal(server.sessions.size, 1);
+  person.leave();
+  assert.equal(await ended, 0);
+});
+
+// ---- A server that does not bring the login to its end
+
+/** What a client sends to log in, what a fake server answers, and a description of a server that does not. */
+const LOGIN: readonly (readonly [command: RegExp, answer: string, stage: string])[] = [
+  [
+    /^CAP LS/,
+    ":fake CAP * LS :sasl=SCRAM-SCRYPT-PLUS message-tags echo-message batch draft/chathistory",
+    "never answers CAP LS",
+  ],
+  [/^CAP REQ/, ":fake CAP * ACK :sasl", "never answers CAP REQ"],
+  [/^AUTHENTICATE SCRAM/, "AUTHENTICATE +", "never answers AUTHENTICATE"],
+  [
+    /^AUTHENTICATE \w{20}/,
+    `AUTHENTICATE ${btoa("e=unknown-user")}\r\n:fake 904 * :unknown`,
+    "never answers the first SASL message",
+  ],
+  [/^REGISTER/, ":fake REGISTER SUCCESS ana :registered", "never answers REGISTER"],
+  [/^never$/, "", "forgets an account as soon as it is registered"],
+];
+const NOTICES = "PING :x\n:fake NOTICE * :please wait\n";
+const ENDLESS_LIST = ":fake CAP * LS * :sasl\r\n:fake CAP * LS * :batch\n";
+
+/**
+ * Starts a TLS server that takes 1.5 s for each answer, leaves one command of LOGIN unanswered, and sends other lines all
+ * the time.
+ */
+async function fakeServer(
+  t: TestContext,
+  clock: FakeClock,
+  unanswered: number,
+  noise: string,
+): Promise<{ port: number; received: string[] }> {
+  const { key, cert } = makeIdentity({});
+  const received: string[] = [];
+  const server = tls.createServer({ key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"] }, (socket) => {
+    const sending = setInterval(() => socket.write(noise), 2);
+    t.after(() => clearInterval(sending));
+    socket.setEncoding("utf8").on("error", () => {}).on("close", () => clearInterval(sending));
+    socket.on("data", (text: string) => {
+      for (const line of text.split("\r\n")) {
+        received.push(line);
+        const answer = LOGIN.slice(0, unanswered).find(([command]) => command.test(line));
+        if (!answer) continue;
+        clock.tick(1500);
+        socket.write(`${answer[1]}\r\n`);
+      }
+    });
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  t.after(() => server.close());
+  return { port: (server.address() as net.AddressInfo).port, received };
+}
+
+const STAGES = [
+  ...LOGIN.map(([, , stage], at) => [stage, at, NOTICES] as const),
+  ["never ends its list of capabilities", 0, ENDLESS_LIST] as const,
+];
+
+for (const [stage, unanswered, noise] of STAGES) {
+  test(`a login fails after ten seconds in all if the server goes on sending lines and ${stage}`, async (t) => {
+    const clock = new FakeClock();
+    const began = clock.now();
+    const { port, received } = await fakeServer(t, clock, unanswered, noise);
+    const { ended } = joinAs(t, port, { clock });
+    let fault: unknown;
+    ended.catch((error: unknown) => fault = error);
+    const [command] = LOGIN[unanswered] ?? [];
+    await until(() => fault !== undefined || received.some((line) => command?.test(line)), () => received.join("\n"));
+    while (fault === undefined && clock.now() - began < 20_000) {
+      assert.ok(clock.now() - began < LIMITS.handshakeMs, "it waits for longer");
+      clock.tick(500);
+      await new Promise((tick) => setTimeout(tick, 20)); // many lines come
+    }
+    assert.ok(fault instanceof Fault);
+    assert.deepEqual([fault.message, fault.status], ["it does not answer as a chat server does", 1]);
+    const elapsed = clock.now() - began;
+    assert.ok(elapsed >= LIMITS.handshakeMs && elapsed <= LIMITS.handshakeMs + 1500, `after ${elapsed} ms`);
+  });
+}
+
+test("a connection attempt fails after ten seconds if the server does not complete the TLS handshake", async (t) => {
+  const clock = new FakeClock();
+  const server = net.createServer((socket) => void socket.resume().on("error", () => {}));
+  server.listen(0, "127.0.0.1");
+  t.after(() => server.close());
+  await once(server, "listening");
+  const { ended } = joinAs(t, (server.address() as net.AddressInfo).port, { clock });
+  await once(server, "connection");
+  clock.tick(LIMITS.handshakeMs - 1);
+  assert.equal(await Promise.race([ended, pause()]), undefined);
+  clock.tick(1);
+  await assert.rejects(ended, /cannot join 127\.0\.0\.1:\d+: nothing answers there/);
 });

@@ -1,5 +1,4 @@
-// deno-lint-ignore-file no-regex-spaces -- screens are matched as they stand, blanks included
-// Software that nobody here wrote: IRC clients in our room, tools that speak TLS, our client on other servers.
+// Other people's software: IRC clients on this server, TLS tools, and `join` on other IRC servers.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import crypto from "node:crypto";
@@ -10,7 +9,7 @@ import os from "node:os";
 import path from "node:path";
 import { test, type TestContext } from "node:test";
 import tls from "node:tls";
-import { parse, selfSigned } from "../chat.ts";
+import { selfSigned } from "../chat.ts";
 import {
   BINARY,
   enter,
@@ -31,7 +30,7 @@ function folder(t: TestContext): string {
   return made;
 }
 
-/** A server with two of our own clients in the room: one in a terminal, one held by hand. */
+/** A server with two members in the room: ana with `join` in a terminal, and bo on a connection of the test. */
 async function room(t: TestContext): Promise<{ server: Served; ana: Terminal; bo: Irc }> {
   const server = await serveProcess(t);
   const bo = await enter(t, server.port, "bo", "away-notify");
@@ -44,8 +43,8 @@ async function room(t: TestContext): Promise<{ server: Served; ana: Terminal; bo
   return { server, ana, bo };
 }
 
-/** What a client in a terminal is to do, whichever it is; `command` prefixes what it takes as one. */
-async function sits(
+/** Has an IRC client in a terminal do what its user would, and checks what the others get, and the reverse. */
+async function converse(
   client: Terminal,
   nick: string,
   { server, ana, bo }: Awaited<ReturnType<typeof room>>,
@@ -82,52 +81,58 @@ async function sits(
   assert.doesNotMatch(server.err.all, /error/);
 }
 
-/** irssi takes fast typing for a paste and asks whether it is meant; a setting tells it not to. */
-const TYPED = `"fe-text" = { paste_verify_line_count = "0"; };`;
+/** irssi takes fast typing for a paste and asks for a confirmation, unless this setting is made. */
+const NO_PASTE_CHECK = `"fe-text" = { paste_verify_line_count = "0"; };`;
 
-for (const road of ["PASS", "SASL PLAIN"] as const) {
-  test(`irssi sits in the room, by ${road}`, wants("tmux", "irssi"), async (t) => {
-    const all = await room(t);
-    const { port, pin } = all.server;
-    const home = folder(t);
-    if (road === "SASL PLAIN") {
-      const first = await enter(t, port, "iris");
-      first.send("QUIT");
-      await first.closed;
-    }
-    const login = road === "PASS" ? "" : `sasl_mechanism = "PLAIN"; sasl_username = "iris"; sasl_password = "secret";`;
-    fs.writeFileSync(
-      path.join(home, "config"),
-      `
+for (const mechanism of ["PASS", "SASL PLAIN"] as const) {
+  test(
+    `a user of irssi who logged in by ${mechanism} can talk, change rooms, and use the usual commands`,
+    wants("tmux", "irssi"),
+    async (t) => {
+      const all = await room(t);
+      const { port, pin } = all.server;
+      const home = folder(t);
+      if (mechanism === "SASL PLAIN") {
+        const first = await enter(t, port, "iris");
+        first.send("QUIT");
+        await first.closed;
+      }
+      const login = mechanism === "PASS"
+        ? ""
+        : `sasl_mechanism = "PLAIN"; sasl_username = "iris"; sasl_password = "secret";`;
+      fs.writeFileSync(
+        path.join(home, "config"),
+        `
       servers = ( { address = "127.0.0.1"; chatnet = "chat"; port = "${port}"; use_tls = "yes"; tls_verify = "no";
-        autoconnect = "yes"; ${road === "PASS" ? 'password = "secret";' : ""} } );
+        autoconnect = "yes"; ${mechanism === "PASS" ? 'password = "secret";' : ""} } );
       chatnets = { chat = { type = "IRC"; nick = "iris"; cmdmax = "100"; cmdspeed = "0"; ${login} }; };
       settings = { "irc/core" = { cmds_max_at_once = "100"; cmd_queue_speed = "1msec"; };
         "fe-common/core" = { autocreate_own_query = "no"; autocreate_query_level = "NONE"; };
-        ${TYPED} };`,
-    );
-    assert.ok(pin);
-    const irssi = new Terminal(t, ["irssi", `--home=${home}`], { columns: 100, rows: 40 });
-    await irssi.wait(/Act: .*2|\[#chat\]/);
-    irssi.enter("/window 2");
-    await irssi.wait(/iris \[iris@chat\] has joined #chat/);
-    irssi.enter("/names");
-    await irssi.wait(/\[ ana\].*\[ bo\]|\[ bo\].*\[ ana\]/);
-    irssi.enter("/whois bo");
-    irssi.enter("/who #chat");
-    irssi.enter("/list");
-    irssi.enter("/window 1");
-    await irssi.wait(/bo \[bo@chat\]/);
-    await irssi.wait(/is using a secure connection/);
-    await irssi.wait(/End of \/WHO list/);
-    await irssi.wait(/#chat 3/);
-    irssi.enter("/window 2");
-    await sits(irssi, "iris", all);
-  });
+        ${NO_PASTE_CHECK} };`,
+      );
+      assert.ok(pin);
+      const irssi = new Terminal(t, ["irssi", `--home=${home}`], { columns: 100, rows: 40 });
+      await irssi.wait(/Act: .*2|\[#chat\]/);
+      irssi.enter("/window 2");
+      await irssi.wait(/iris \[iris@chat\] has joined #chat/);
+      irssi.enter("/names");
+      await irssi.wait(/\[ ana\].*\[ bo\]|\[ bo\].*\[ ana\]/);
+      irssi.enter("/whois bo");
+      irssi.enter("/who #chat");
+      irssi.enter("/list");
+      irssi.enter("/window 1");
+      await irssi.wait(/bo \[bo@chat\]/);
+      await irssi.wait(/is using a secure connection/);
+      await irssi.wait(/End of \/WHO list/);
+      await irssi.wait(/#chat 3/);
+      irssi.enter("/window 2");
+      await converse(irssi, "iris", all);
+    },
+  );
 }
 
 test(
-  "irssi reads what was said to it while it was away, and comes back by itself",
+  "irssi gets the private messages that were sent while it was disconnected",
   wants("tmux", "irssi"),
   async (t) => {
     const { server, ana, bo } = await room(t);
@@ -149,7 +154,7 @@ test(
       `
     servers = ( { address = "127.0.0.1"; port = "${server.port}"; use_tls = "yes"; tls_verify = "no"; } );
     settings = { server = { server_reconnect_time = "1sec"; server_connect_timeout = "10sec"; };
-      ${TYPED} };`,
+      ${NO_PASTE_CHECK} };`,
     );
     const irssi = new Terminal(t, connect, { columns: 100 });
     await bo.wait(/:iris!iris@chat JOIN/);
@@ -164,7 +169,7 @@ test(
   },
 );
 
-test("WeeChat sits in the room", wants("tmux", "weechat"), async (t) => {
+test("a user of WeeChat can talk, change rooms, and use the usual commands", wants("tmux", "weechat"), async (t) => {
   const all = await room(t);
   const home = folder(t);
   const server = `/server add chat 127.0.0.1/${all.server.port} -tls -nicks=wee -password=secret`;
@@ -185,11 +190,11 @@ test("WeeChat sits in the room", wants("tmux", "weechat"), async (t) => {
   weechat.enter("/buffer #chat");
   await weechat.wait(/wee@chat\) has joined #chat/);
   await weechat.wait(/\bana\b/);
-  await sits(weechat, "wee", all);
+  await converse(weechat, "wee", all);
 });
 
 test(
-  "what one types into openssl s_client and gnutls-cli is a conversation",
+  "a person can log in and talk by typing IRC into openssl s_client and gnutls-cli, with LF line endings",
   wants("openssl", "gnutls-cli"),
   async (t) => {
     const server = await serveProcess(t);
@@ -218,24 +223,28 @@ test(
   },
 );
 
-test("nothing older than TLS 1.3 is taken, and the log says what came instead", wants("openssl"), async (t) => {
-  const server = await serveProcess(t);
-  const at = `127.0.0.1:${server.port}`;
-  await new Running(t, ["openssl", "s_client", "-tls1_2", "-connect", at]).ended;
-  await server.err.wait(/no TLS from 127\.0\.0\.1: it does not know TLS 1\.3\n/);
-  const plain = net.connect(server.port, "127.0.0.1");
-  plain.on("error", () => {});
-  plain.end("GET / HTTP/1.1\r\n\r\n");
-  await server.err.wait(/no TLS from 127\.0\.0\.1: that was HTTP\n/);
-  const garbage = net.connect(server.port, "127.0.0.1");
-  garbage.on("error", () => {});
-  garbage.end("NICK ana\r\nUSER ana 0 * :ana\r\n");
-  await server.err.wait(/no TLS from 127\.0\.0\.1: that was not TLS\n/);
-});
+test(
+  "connections without TLS 1.3 are refused, and the log says what they sent instead",
+  wants("openssl"),
+  async (t) => {
+    const server = await serveProcess(t);
+    const at = `127.0.0.1:${server.port}`;
+    await new Running(t, ["openssl", "s_client", "-tls1_2", "-connect", at]).ended;
+    await server.err.wait(/no TLS from 127\.0\.0\.1: it does not know TLS 1\.3\n/);
+    const plain = net.connect(server.port, "127.0.0.1");
+    plain.on("error", () => {});
+    plain.end("GET / HTTP/1.1\r\n\r\n");
+    await server.err.wait(/no TLS from 127\.0\.0\.1: that was HTTP\n/);
+    const garbage = net.connect(server.port, "127.0.0.1");
+    garbage.on("error", () => {});
+    garbage.end("NICK ana\r\nUSER ana 0 * :ana\r\n");
+    await server.err.wait(/no TLS from 127\.0\.0\.1: that was not TLS\n/);
+  },
+);
 
-// ---- Our client elsewhere
+// ---- `join` on other IRC servers
 
-/** A free port; the program that takes it is started at once. */
+/** A free port. The caller starts a program on it at once. */
 async function freePort(): Promise<number> {
   const server = net.createServer().listen(0, "127.0.0.1");
   await once(server, "listening");
@@ -259,9 +268,9 @@ function keyAndCertificate(home: string): { key: string; cert: string } {
 async function ircd(t: TestContext, command: readonly string[], port: number): Promise<void> {
   const [file = "", ...args] = command;
   const child = spawn(which(file) ?? file, args, { stdio: ["ignore", "pipe", "pipe"] });
-  const told = new Text();
-  child.stdout.on("data", (chunk) => told.add(chunk));
-  child.stderr.on("data", (chunk) => told.add(chunk));
+  const output = new Text();
+  child.stdout.on("data", (chunk) => output.add(chunk));
+  child.stderr.on("data", (chunk) => output.add(chunk));
   t.after(async () => {
     child.kill("SIGKILL");
     if (child.exitCode === null && child.signalCode === null) await once(child, "close");
@@ -274,19 +283,19 @@ async function ircd(t: TestContext, command: readonly string[], port: number): P
     });
     socket.destroy();
     if (up) return;
-    if (child.exitCode !== null) throw new Error(`${file} ended:\n${told.all}`);
+    if (child.exitCode !== null) throw new Error(`${file} ended:\n${output.all}`);
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
 }
 
-const SERVERS: Readonly<Record<string, (t: TestContext) => Promise<number>>> = {
-  async ngircd(t) {
-    const [home, port] = [folder(t), await freePort()];
-    const { key, cert } = keyAndCertificate(home);
-    const config = path.join(home, "ngircd.conf");
-    fs.writeFileSync(
-      config,
-      `[Global]
+/** Starts ngircd. */
+async function ngircd(t: TestContext): Promise<number> {
+  const [home, port] = [folder(t), await freePort()];
+  const { key, cert } = keyAndCertificate(home);
+  const config = path.join(home, "ngircd.conf");
+  fs.writeFileSync(
+    config,
+    `[Global]
 Name = irc.example.net
 Info = Test
 Listen = 127.0.0.1
@@ -303,141 +312,24 @@ CertFile = ${cert}
 KeyFile = ${key}
 Ports = ${port}
 `,
-    );
-    await ircd(t, ["ngircd", "-n", "-f", config], port);
-    return port;
-  },
-  async inspircd(t) {
-    const [home, port] = [folder(t), await freePort()];
-    const { key, cert } = keyAndCertificate(home);
-    const config = path.join(home, "inspircd.conf");
-    const modules = [
-      "ssl_gnutls",
-      "cap",
-      "ircv3",
-      "ircv3_servertime",
-      "ircv3_echomessage",
-      "ircv3_batch",
-      "ircv3_msgid",
-      "ircv3_ctctags",
-      "md5",
-    ];
-    fs.writeFileSync(
-      config,
-      `<server name="irc.example.net" description="Test" network="Test">
-<admin name="x" nick="x" email="x@example.net">
-<path datadir="${home}" logdir="${home}" runtimedir="${home}">
-${modules.map((name) => `<module name="${name}">`).join("\n")}
-<sslprofile name="gnutls" provider="gnutls" certfile="${cert}" keyfile="${key}" hash="sha256">
-<bind address="127.0.0.1" port="${port}" type="clients" sslprofile="gnutls">
-<connect allow="*" timeout="10" flood="0" threshold="1000" commandrate="100000" fakelag="off" localmax="100" globalmax="100" recvq="65536">
-<performance somaxconn="128"><dns timeout="1"><options prefixquit="Quit: ">
-<log method="file" type="*" level="debug" target="${home}/log">
-`,
-    );
-    await ircd(t, ["inspircd", "--nofork", "--runasroot", `--config=${config}`], port);
-    return port;
-  },
-};
-
-for (const [name, start] of Object.entries(SERVERS)) {
-  test(`join is at home on ${name}: in a terminal and as a script`, wants("tmux", name), async (t) => {
-    const port = await start(t);
-    const reader = joinProcess(t, `bo@127.0.0.1:${port}`, ["--room", "#lab"], { password: "" });
-    await reader.err.wait(/in #lab as bo/);
-    const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`, "--room", "lab"], { columns: 100, rows: 40 });
-    await ana.wait(/Welcome to #lab, ana\. Here: bo/);
-    ana.enter("hello over there");
-    await reader.out.wait(/^\S+Z\tana\thello over there\n/);
-    await ana.wait(/^\d\d:\d\d ana   hello over there$/m);
-    assert.equal(ana.screen().split("hello over there").length, 2, "it is shown once");
-    const script = joinProcess(t, `cy@127.0.0.1:${port}`, ["--room", "#lab"], { password: "" });
-    script.end(`one\ntwo\n${"long ".repeat(200)}end\n`);
-    assert.equal(await script.ended, 0, script.err.all);
-    await ana.wait(/^\d\d:\d\d cy    one\n\d\d:\d\d cy    two\n/m);
-    await ana.wait(/long end$/m);
-    ana.enter("/msg bo psst");
-    await reader.out.wait(/^\S+Z\tana\tpsst\n/m);
-    ana.enter("/topic set from here");
-    await ana.wait(/-- (ana set the topic of #lab: set from here|#lab: you must be a channel op)/);
-    ana.enter("/who");
-    await ana.wait(/-- 2 people in #lab: /);
-    ana.enter("/history");
-    await ana.wait(/-- this server keeps no history/);
-    ana.enter("/password");
-    await ana.wait(/-- this server has no way to do that/);
-    ana.enter("/join #other");
-    await ana.wait(/-- in #other as ana/);
-    ana.enter("/rooms");
-    await ana.wait(/-- #lab: 2 in it/);
-    ana.enter("/exit");
-    await ana.wait(/\[exit 0\]/);
-    const taken = joinProcess(t, `bo@127.0.0.1:${port}`, [], { password: "" });
-    assert.equal(await taken.ended, 1);
-    assert.match(taken.err.all, /chat: nick.* in use/i);
-  });
+  );
+  await ircd(t, ["ngircd", "-n", "-f", config], port);
+  return port;
 }
 
-/** The least of a server with SASL PLAIN, which none of Debian's has without services. */
-async function saslServer(t: TestContext): Promise<{ port: number; said: Text }> {
-  const home = folder(t);
-  const { key, cert } = keyAndCertificate(home);
-  const said = new Text();
-  const server = tls.createServer({ key: fs.readFileSync(key), cert: fs.readFileSync(cert) }, (socket) => {
-    let nick = "*";
-    const answers: Record<string, (params: readonly string[]) => string> = {
-      CAP: ([verb, list]) =>
-        verb === "LS"
-          ? ":s CAP * LS :sasl=EXTERNAL,PLAIN"
-          : verb === "REQ"
-          ? `:s CAP * ACK :${list}`
-          : `:s 001 ${nick} :hi\r\n:s 422 ${nick} :no MOTD`,
-      AUTHENTICATE: ([text = ""]) =>
-        text === "PLAIN"
-          ? "AUTHENTICATE +"
-          : `:s ${Buffer.from(text, "base64").toString().endsWith("\0right") ? 903 : 904} ${nick} :done`,
-      NICK: ([wish = ""]) => (nick = wish, ""),
-      JOIN: ([room = ""]) =>
-        `:${nick}!u@h JOIN ${room}\r\n:s 353 ${nick} = ${room} :@${nick}\r\n:s 366 ${nick} ${room} :end`,
-      PING: ([token]) => `:s PONG s :${token}`,
-      QUIT: () => "ERROR :bye",
-    };
-    socket.on("error", () => {});
-    socket.on("data", (chunk) => {
-      said.add(chunk);
-      for (const text of chunk.toString().split("\r\n").filter(Boolean)) {
-        const { command, params } = parse(text);
-        const answer = answers[command]?.(params);
-        if (answer) socket.write(`${answer}\r\n`);
-      }
-    });
-  });
-  server.listen(0, "127.0.0.1");
-  await once(server, "listening");
-  t.after(() => server.close());
-  return { port: (server.address() as net.AddressInfo).port, said };
-}
-
-test("SASL PLAIN tells a password only to a server that somebody vouches for", wants("tmux"), async (t) => {
-  const { port, said } = await saslServer(t);
-  const refused = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "right" });
-  refused.end("x\n");
-  assert.equal(await refused.ended, 3);
-  assert.match(refused.err.all, /a password is told only to a server that somebody vouches for/);
-  const [, pin] = /took its key (\S+)/.exec(refused.err.all) ?? [];
-  assert.doesNotMatch(said.all, /AUTHENTICATE/);
-  const pinned = joinProcess(t, `ana@127.0.0.1:${port}/${pin}`, [], { password: "right" });
-  pinned.end("hello\n");
-  assert.equal(await pinned.ended, 0, pinned.err.all);
-  assert.match(said.all, /PRIVMSG #chat :hello/);
-  const wrong = joinProcess(t, `ana@127.0.0.1:${port}/${pin}`, [], { password: "wrong" });
-  wrong.end();
-  assert.equal(await wrong.ended, 1);
-  assert.match(wrong.err.all, /wrong password/);
+test("join on ngircd says that it is not a chat server, and ends with status 1", wants("tmux", "ngircd"), async (t) => {
+  const port = await ngircd(t);
+  const expected =
+    `chat: 127.0.0.1:${port} is an IRC server, but not a chat server\nchat: hint: an IRC client such as irssi gets in\n`;
+  for (const args of [[], ["--room", "#lab"]]) {
+    const script = joinProcess(t, `ana@127.0.0.1:${port}`, args);
+    script.end("hello\n");
+    assert.equal(await script.ended, 1);
+    assert.ok(script.err.all.endsWith(` unchecked\n${expected}`), script.err.all);
+    assert.equal(script.out.all, "");
+  }
   const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`], { columns: 120 });
-  await ana.wait(/Password \(empty for none\):$/);
-  ana.enter("right");
-  await ana.wait(/Nobody vouches for this server, and it is told the password\. Go on\? \(yes\/no\)$/);
-  ana.enter("yes");
-  await ana.wait(/Welcome to #chat/);
+  await ana.wait(/\[exit 1\]/);
+  const screen = ana.screen({ history: true });
+  assert.ok(screen.endsWith(` unchecked\n${expected}[exit 1]`), screen);
 });

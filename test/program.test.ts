@@ -1,4 +1,4 @@
-// The program as a process: what it prints, what it ends with, what bad input gets; on every runtime where that differs.
+// The program as a process: its output, its exit status and its error messages, on every runtime where they differ.
 import assert from "node:assert/strict";
 import { execFileSync, spawnSync } from "node:child_process";
 import { once } from "node:events";
@@ -37,7 +37,7 @@ function run(args: readonly string[], env: Readonly<Record<string, string>> = {}
   return { status, stdout, stderr };
 }
 
-/** A server that is none of ours, on a free port. */
+/** Another server than `chat serve`, on a free port. */
 async function other(t: TestContext, server: net.Server): Promise<number> {
   const sockets = new Set<net.Socket>();
   server.on("connection", (socket) => {
@@ -54,7 +54,7 @@ async function other(t: TestContext, server: net.Server): Promise<number> {
   return (server.address() as net.AddressInfo).port;
 }
 
-/** A port that nobody listens on. */
+/** A port on which nothing listens. */
 async function freePort(): Promise<number> {
   const server = net.createServer().listen(0, "127.0.0.1");
   await once(server, "listening");
@@ -78,21 +78,21 @@ async function untilListening(port: number): Promise<void> {
 }
 
 const privateKey = generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
-const STRANGER = { key: privateKey.export({ type: "pkcs8", format: "pem" }), cert: selfSigned(privateKey) };
+const SELF_SIGNED = { key: privateKey.export({ type: "pkcs8", format: "pem" }), cert: selfSigned(privateKey) };
 
-test("chat.ts imports three modules and reaches no other, by no road", () => {
+test("chat.ts imports three modules, and loads no other in any way", () => {
   const source = fs.readFileSync(path.join(ROOT, "chat.ts"), "utf8");
   const imports = [...source.matchAll(/from "([^"]+)"/g)].map(([, name]) => name);
   assert.deepEqual(imports, ["node:crypto", "node:readline", "node:tls"]);
   assert.doesNotMatch(source, /\brequire\s*\(|\bimport\s*\(|getBuiltinModule|process\.binding|\beval\b|new Function/);
 });
 
-test("the version is that of the package", () => {
+test("the version in chat.ts is that in package.json", () => {
   assert.equal(VERSION, JSON.parse(fs.readFileSync(path.join(ROOT, "package.json"), "utf8")).version);
 });
 
 for (const runtime of EVERY) {
-  test(`version, help and usage errors on ${runtime}`, () => {
+  test(`version and help print to standard output and end with status 0 (${runtime})`, () => {
     for (const args of [["version"], ["--version"]]) {
       assert.deepEqual(run(args, {}, runtime), { status: 0, stdout: `chat ${VERSION}\n`, stderr: "" });
     }
@@ -100,7 +100,7 @@ for (const runtime of EVERY) {
   });
 }
 
-test("help lists every option, from wherever it is asked for", () => {
+test("help lists every option, whichever way it is requested", () => {
   for (const args of [["help", "serve"], ["serve", "--help"], ["serve", "-h"]]) {
     const { status, stdout, stderr } = run(args);
     assert.deepEqual([status, stderr], [0, ""]);
@@ -127,7 +127,7 @@ test("help lists every option, from wherever it is asked for", () => {
   }
 });
 
-test("wrong usage is told with what is nearest to it, and ends with 2", () => {
+test("a usage error names the wrong word, suggests the nearest right one, and ends with status 2", () => {
   const wrong: readonly (readonly [readonly string[], RegExp])[] = [
     [[], /^chat: serve or join\?\nchat: hint: \S+chat help\n$/],
     [["sevre"], /there is no chat sevre\nchat: hint: did you mean \S+chat serve\?/],
@@ -158,35 +158,35 @@ test("wrong usage is told with what is nearest to it, and ends with 2", () => {
 });
 
 for (const runtime of EVERY) {
-  test(`what is wrong at the other end is told in one line, with what to try, on ${runtime}`, async (t) => {
-    const free = await new Promise<number>((resolve) => {
-      const server = net.createServer().listen(0, "127.0.0.1", () => {
-        const { port } = server.address() as net.AddressInfo;
-        server.close(() => resolve(port));
-      });
-    });
+  test(`join explains in one line why it cannot join, with a hint, and ends with status 1 (${runtime})`, async (t) => {
+    const irc = (...lines: readonly string[]) =>
+      tls.createServer(SELF_SIGNED, (socket) => socket.once("data", () => socket.write(lines.join("\n") + "\n")));
+    const notChat = /is an IRC server, but not a chat server\nchat: hint: an IRC client such as irssi gets in\n/;
     const cases: readonly (readonly [number, RegExp])[] = [
-      [free, /nobody listens there/],
+      [await freePort(), /nobody listens there/],
       [
         await other(t, net.createServer((socket) => socket.once("data", () => socket.end("HTTP/1.1 400 Bad\r\n\r\n")))),
         /it is no TLS server/,
       ],
-      [await other(t, tls.createServer({ ...STRANGER, maxVersion: "TLSv1.2" })), /does not know TLS 1\.3/],
-      [await other(t, tls.createServer({ ...STRANGER, ALPNProtocols: ["http/1.1"] })), /is no chat/],
+      [await other(t, tls.createServer({ ...SELF_SIGNED, maxVersion: "TLSv1.2" })), /does not know TLS 1\.3/],
+      [await other(t, tls.createServer({ ...SELF_SIGNED, ALPNProtocols: ["http/1.1"] })), /is no chat/],
       [await other(t, net.createServer((socket) => socket.destroy())), /closed the connection/],
       [
-        await other(t, tls.createServer(STRANGER, (socket) => socket.end("HTTP/1.1 400 Bad\r\n\r\n"))),
+        await other(t, tls.createServer(SELF_SIGNED, (socket) => socket.end("HTTP/1.1 400 Bad\r\n\r\n"))),
         /this is a web server/,
       ],
-      [await other(t, tls.createServer(STRANGER, (socket) => socket.end())), /closed the connection/],
+      [await other(t, tls.createServer(SELF_SIGNED, (socket) => socket.end())), /closed the connection/],
+      [await other(t, irc(":s 421 * CAP :Unknown command")), notChat],
+      [await other(t, irc(":s NOTICE * :Looking up your hostname", ":s CAP * LS :sasl=PLAIN,EXTERNAL")), notChat],
+      [await other(t, irc(":s CAP * LS * :sasl=SCRAM-SCRYPT-PLUS", ":s CAP * LS :message-tags batch")), notChat],
     ];
     for (const [port, message] of cases) {
       const joining = joinProcess(t, `ana@127.0.0.1:${port}`, [], { runtime });
       joining.end("hello\n");
       assert.equal(await joining.ended, 1);
-      const told = joining.err.all.replace(/^chat: 127.0.0.1 is this machine.*\n/, "");
-      assert.match(told, message);
-      assert.match(told, /^chat: .*\nchat: hint: .*\n$/);
+      const printed = joining.err.all.replace(/^chat: 127.0.0.1 is this machine.*\n/, "");
+      assert.match(printed, message);
+      assert.match(printed, /^chat: .*\nchat: hint: .*\n$/);
       assert.equal(joining.out.all, "");
     }
     const nowhere = joinProcess(t, "ana@nowhere.invalid", [], { runtime });
@@ -194,7 +194,7 @@ for (const runtime of EVERY) {
     assert.match(nowhere.err.all, /there is no such host/);
   });
 
-  test(`a port that is in use, or an address that is not ours, is told on ${runtime}`, async (t) => {
+  test(`serve explains that a port is in use, or that an address is not of this machine (${runtime})`, async (t) => {
     const server = await serveProcess(t);
     const again = run(["serve", `:${server.port}`], {}, runtime);
     assert.equal(again.status, 1);
@@ -208,7 +208,7 @@ for (const runtime of EVERY) {
   });
 }
 
-test("serve tells how to join, and logs who comes and goes, but never a password or what is said", async (t) => {
+test("serve prints how to join and logs who registers, logs in and leaves, but never a password or a message", async (t) => {
   const server = await serveProcess(t);
   assert.match(server.err.all, /^chat: serving #chat on 127\.0\.0\.1:\d+\n/);
   await server.err.wait(/nothing is written to disk/);
@@ -232,7 +232,7 @@ test("serve tells how to join, and logs who comes and goes, but never a password
 });
 
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
-  test(`on ${signal} everybody is told and the server ends with 0`, async (t) => {
+  test(`on ${signal} the server notifies everybody and ends with status 0`, async (t) => {
     const server = await serveProcess(t);
     const ana = await enter(t, server.port, "ana");
     server.child.kill(signal);
@@ -243,10 +243,10 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
 }
 
 for (const runtime of ["binary", "node", "deno"] as const) {
-  test(`a server outlives the reader of its log (${runtime})`, async (t) => {
+  test(`a server goes on when nobody reads its log any more (${runtime})`, async (t) => {
     const server = await serveProcess(t, [], { runtime });
     server.child.stderr?.destroy();
-    const ana = await enter(t, server.port, "ana"); // which the log cannot tell
+    const ana = await enter(t, server.port, "ana"); // its log lines cannot be written
     const bo = await enter(t, server.port, "bo");
     ana.send("PRIVMSG #chat :still here");
     await bo.wait(/PRIVMSG #chat :still here\r\n/);
@@ -294,7 +294,7 @@ test("commands that are printed for copying begin as the program was invoked", (
   }
 });
 
-test("a server on all addresses prints a line to join with for each that leads to it from elsewhere", async (t) => {
+test("a server on all addresses prints a line to join with for each address that others can reach", async (t) => {
   const own = Object.values(os.networkInterfaces()).flat().filter((one) => one !== undefined && !one.internal)
     .map((one) => one?.address ?? "").filter((address) => !/^(169\.254|fe80)/.test(address));
   const ipv4 = own.filter((address) => !address.includes(":"));
@@ -307,13 +307,13 @@ test("a server on all addresses prints a line to join with for each that leads t
   }
 });
 
-test("where the runtime tells no addresses, the line to join with says what to put into it", async (t) => {
+test("where the runtime does not list addresses, the line to join with says what to put in their place", async (t) => {
   const server = await serveProcess(t, [], { runtime: "deno", address: "0.0.0.0:0" });
   assert.match(server.err.all, /to join: +deno run \S+ \S+ chat\.ts join ADDRESS:\d+\//);
   await server.err.wait(/ADDRESS stands for an address of this machine: put it there\n/);
 });
 
-test("serve listens where it is told, also on IPv6", async (t) => {
+test("serve listens on the given address, also of IPv6, with the given room", async (t) => {
   const server = await serveProcess(t, ["--room", "lab", "--topic", "hi all", "--name", "Lab"], { address: "[::1]:0" });
   assert.match(server.err.all, /join \[::1\]:/);
   const joining = joinProcess(t, `ana@[::1]:${server.port}/${server.pin}`);
@@ -345,7 +345,7 @@ for (const server of EVERY) {
   }
 }
 
-test("a pipe without a password or a nick is told what is missing", async (t) => {
+test("join in a pipe without a nick or a password says what is missing, and ends with status 2", async (t) => {
   const { port } = await serveHere(t);
   const noNick = joinProcess(t, `127.0.0.1:${port}`);
   noNick.end("x\n");
@@ -357,7 +357,7 @@ test("a pipe without a password or a nick is told what is missing", async (t) =>
   assert.match(noPassword.err.all, /CHAT_PASSWORD/);
 });
 
-test("a wrong password ends a script with 1", async (t) => {
+test("a script with a wrong password ends with status 1", async (t) => {
   const { port } = await serveHere(t);
   const first = joinProcess(t, `ana@127.0.0.1:${port}`);
   first.end("x\n");
@@ -368,14 +368,14 @@ test("a wrong password ends a script with 1", async (t) => {
   assert.match(second.err.all, /ana is registered here, and not with this password\nchat: hint: /);
 });
 
-test("a script that starts with nothing to say enters and leaves", async (t) => {
+test("a script without input joins, leaves and ends with status 0", async (t) => {
   const { port } = await serveHere(t);
   const script = joinProcess(t, `ana@127.0.0.1:${port}`);
   script.end();
   assert.equal(await script.ended, 0);
 });
 
-test("SIGINT leaves politely, SIGTERM too", async (t) => {
+test("a script sends QUIT and ends with status 0 on SIGINT and on SIGTERM", async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
@@ -387,7 +387,7 @@ test("SIGINT leaves politely, SIGTERM too", async (t) => {
   }
 });
 
-test("long lines of a script arrive whole, in pieces that fit, cut between characters", async (t) => {
+test("a long line of a script is sent in several messages, split between grapheme clusters", async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   const text = "👩‍👩‍👧‍👦 né ".repeat(100);
@@ -395,15 +395,15 @@ test("long lines of a script arrive whole, in pieces that fit, cut between chara
   script.end(`${text}\nlast`);
   assert.equal(await script.ended, 0);
   await bo.wait(/PRIVMSG #chat :last\r\n/);
-  const pieces = [...bo.all.matchAll(/:ana!ana@chat PRIVMSG #chat :?(.*)\r\n/g)].map(([line, piece = ""]) => {
+  const parts = [...bo.all.matchAll(/:ana!ana@chat PRIVMSG #chat :?(.*)\r\n/g)].map(([line, part = ""]) => {
     assert.ok(Buffer.byteLength(line) <= LIMITS.bodyBytes);
-    return piece;
+    return part;
   });
-  assert.equal(pieces.slice(0, -1).join(""), text);
-  assert.ok(pieces.every((piece) => !/^\u200d|\u200d$/.test(piece)));
+  assert.equal(parts.slice(0, -1).join(""), text);
+  assert.ok(parts.every((part) => !/^\u200d|\u200d$/.test(part)));
 });
 
-test("a script whose server has gone ends with 1 after --timeout, and says which lines were not sent", async (t) => {
+test("a script whose server has gone ends with status 1 after --timeout, and lists the lines that were not sent", async (t) => {
   const server = await serveProcess(t);
   const script = joinProcess(t, `bot@127.0.0.1:${server.port}`, ["--timeout", "1"]);
   await script.err.wait(/in #chat as bot/);
@@ -417,8 +417,8 @@ test("a script whose server has gone ends with 1 after --timeout, and says which
   );
 });
 
-test("a script whose connection hangs from the beginning ends with 1 after --timeout", async (t) => {
-  const { key, cert } = STRANGER;
+test("a script whose server never replies ends with status 1 after --timeout", async (t) => {
+  const { key, cert } = SELF_SIGNED;
   const mute = await other(t, tls.createServer({ key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"] }));
   const script = joinProcess(t, `bot@127.0.0.1:${mute}`, ["--timeout", "1"]);
   script.end("never\n");
@@ -426,7 +426,7 @@ test("a script whose connection hangs from the beginning ends with 1 after --tim
   assert.match(script.err.all, /chat: gave up: the server took nothing for 1 s\n/);
 });
 
-test("a script says that it failed if the room does not take its lines", async (t) => {
+test("a script that may not join its room ends with status 2 and says why", async (t) => {
   const { port } = await serveHere(t);
   const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--room", `#${"x".repeat(49)}`]);
   script.end("fine\n");
@@ -440,11 +440,16 @@ test("a script says that it failed if the room does not take its lines", async (
   assert.match(full.err.all, /too many channels/);
 });
 
-test("nobody who hashes passwords stops the talk: a hundred register while two talk", async (t) => {
+test("two members keep talking while a hundred others register", async (t) => {
   const server = await serveProcess(t, ["--rate", "0", "--per-address", "500"]);
   const [ana, bo] = [await enter(t, server.port, "ana"), await enter(t, server.port, "bo")];
-  const crowd = Array.from({ length: 100 }, (_, at) => enter(t, server.port, `n${at}`));
-  let said = 0;
+  const registered = async (nick: string) => {
+    const member = await help.dial(t, server.port);
+    member.send("PASS secret", `NICK ${nick}`, `USER ${nick} 0 * :${nick}`);
+    await member.wait(/ 366 \S+ #chat :End of \/NAMES list\r\n/, 55_000); // passwords are hashed two at a time
+  };
+  const crowd = Array.from({ length: 100 }, (_, at) => registered(`n${at}`));
+  let said = 0; // negative once everybody has registered
   const done = Promise.all(crowd).finally(() => said = -said);
   while (said >= 0) {
     ana.send(`PRIVMSG #chat :number ${++said}.`);
@@ -455,7 +460,7 @@ test("nobody who hashes passwords stops the talk: a hundred register while two t
   assert.ok(-said > 100, `only ${-said} lines were said meanwhile`);
 });
 
-test("the executable runs no file of anybody's: reading one is refused inside it", wants("strace"), async (t) => {
+test("the executable opens no file for writing, and none at all once it serves", wants("strace"), async (t) => {
   const trace = path.join(fs.mkdtempSync(path.join(os.tmpdir(), "chat-trace-")), "trace");
   const strace = [
     "strace",
@@ -472,7 +477,7 @@ test("the executable runs no file of anybody's: reading one is refused inside it
   const ana = await enter(t, Number(port), "ana");
   ana.send("PRIVMSG #chat :hello");
   await ana.sync();
-  execFileSync("pkill", ["-TERM", "-P", String(running.child.pid)]);
+  execFileSync("pkill", ["-TERM", "-P", String(running.child.pid)]); // the server is a child of strace
   await running.ended;
   const all = fs.readFileSync(trace, "utf8");
   fs.rmSync(path.dirname(trace), { recursive: true });
@@ -490,7 +495,7 @@ test("the executable runs no file of anybody's: reading one is refused inside it
   assert.deepEqual(later.filter((line) => /openat/.test(line)), []);
 });
 
-test("inside the executable a file cannot be read, nor a process started, whatever NODE_OPTIONS says", (t) => {
+test("inside the executable no file can be read and no process started, whatever NODE_OPTIONS says", (t) => {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-preload-"));
   t.after(() => fs.rmSync(folder, { recursive: true }));
   const file = path.join(folder, "preload.cjs");
@@ -499,7 +504,7 @@ test("inside the executable a file cannot be read, nor a process started, whatev
     const { status, stdout, stderr } = run(["version"], { NODE_OPTIONS: options });
     assert.deepEqual([status, stdout, stderr], [0, `chat ${VERSION}\n`, ""]);
   }
-  // A probe in the place of the program, made with the very settings of the executable.
+  // A probe instead of the program, built with the settings of the executable.
   const settings = JSON.parse(fs.readFileSync(path.join(ROOT, "dist", "runtime", "chat.json"), "utf8"));
   const [probe, config, output] = ["probe.cjs", "sea.json", "probe"].map((name) => path.join(folder, name));
   fs.writeFileSync(
@@ -518,12 +523,12 @@ test("inside the executable a file cannot be read, nor a process started, whatev
   );
   fs.writeFileSync(config ?? "", JSON.stringify({ ...settings, main: probe, output, useCodeCache: false }));
   execFileSync(process.execPath, ["--build-sea", config ?? ""]);
-  const told = spawnSync(output ?? "", { env: environment({ NODE_OPTIONS: "--allow-fs-read=*" }), encoding: "utf8" });
+  const probed = spawnSync(output ?? "", { env: environment({ NODE_OPTIONS: "--allow-fs-read=*" }), encoding: "utf8" });
   const denied = ["read", "write", "list", "start", "thread"].map((name) => `${name} ERR_ACCESS_DENIED\n`).join("");
-  assert.deepEqual([told.stdout, told.stderr], [denied, ""]);
+  assert.deepEqual([probed.stdout, probed.stderr], [denied, ""]);
 });
 
-test("no stack trace reaches a user", async () => {
+test("an error is printed without a stack trace", async () => {
   const written: string[] = [];
   const write = process.stderr.write;
   process.stderr.write = ((text: string) => written.push(text) > 0) as typeof write;

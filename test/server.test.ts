@@ -1,23 +1,23 @@
-// The protocol, over TLS, as a client sees it.
+// The protocol as a client sees it, most of it over TLS.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { test, type TestContext } from "node:test";
 import * as chat from "../chat.ts";
-import { dial, enter, type Irc, quickScrypt, serveHere } from "./helpers.ts";
+import { dial, enter, FakeClock, type Irc, quickScrypt, serveHere, until } from "./helpers.ts";
 
 quickScrypt();
 
 const ALL =
   "message-tags server-time account-tag extended-join echo-message batch labeled-response away-notify standard-replies " +
-  "cap-notify sasl draft/chathistory draft/event-playback draft/account-registration";
+  "cap-notify sasl draft/chathistory draft/account-registration";
 const b64 = (text: string) => Buffer.from(text).toString("base64");
 const plain = (nick: string, password: string) => b64(`\0${nick}\0${password}`);
-/** The lines of a text that begin with nothing but what is asked for. */
+/** The lines of a text that match a pattern. */
 const lines = (text: string, pattern: RegExp) => text.split("\r\n").filter((line) => pattern.test(line));
 
-// ---- Getting in
+// ---- Registration
 
-test("PASS registers a free nick, says so, and logs in the next time", async (t) => {
+test("PASS registers a free nick with a notice, and the next time logs in to it", async (t) => {
   const { port } = await serveHere(t);
   const first = await dial(t, port);
   first.send("NICK ana", "PASS secret", "USER ana 0 * :Ana");
@@ -34,7 +34,7 @@ test("PASS registers a free nick, says so, and logs in the next time", async (t)
   assert.doesNotMatch(again.all, /registered now/);
 });
 
-test("a wrong password is 464, never 433, and three of them end the connection", async (t) => {
+test("a wrong password is refused with 464, never 433, and the third one closes the connection", async (t) => {
   const { port } = await serveHere(t);
   await enter(t, port, "ana");
   const irc = await dial(t, port);
@@ -48,7 +48,7 @@ test("a wrong password is 464, never 433, and three of them end the connection",
   assert.doesNotMatch(irc.all, / 433 /);
 });
 
-test("a password with spaces and no colon before it is refused with words, and registers nothing", async (t) => {
+test("a password with spaces but no colon is refused with an explanation, and registers nothing", async (t) => {
   const { port, server } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("PASS correct horse battery staple", "NICK ana", "USER a 0 * :a");
@@ -62,7 +62,7 @@ test("a password with spaces and no colon before it is refused with words, and r
   await enter(t, port, "ana", "", "correct horse battery staple");
 });
 
-test("without a password one is told what to do, and PASS still works then", async (t) => {
+test("a client that sends no password is asked for one, and can still send PASS then", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("JOIN :", "NICK ana", "USER a 0 * :a");
@@ -73,7 +73,7 @@ test("without a password one is told what to do, and PASS still works then", asy
   await irc.wait(/ 001 ana /);
 });
 
-test("before login everything else is 451, and nothing is closed by it", async (t) => {
+test("before login every other command is refused with 451, and the connection stays open", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   const early = ["CAP", "AUTHENTICATE", "REGISTER", "PASS", "NICK", "USER", "PING", "PONG", "ERROR", "QUIT"];
@@ -84,14 +84,9 @@ test("before login everything else is 451, and nothing is closed by it", async (
   await irc.sync();
 });
 
-for (
-  const order of [["CAP END", "NICK ana", "USER a 0 * :a"], ["NICK ana", "CAP END", "USER a 0 * :a"], [
-    "USER a 0 * :a",
-    "NICK ana",
-    "CAP END",
-  ]]
-) {
-  test(`SASL PLAIN works with ${order.join(", ").replace(/ [^,]*/g, "")} in this order`, async (t) => {
+const [NICK, USER, END] = ["NICK ana", "USER a 0 * :a", "CAP END"];
+for (const order of [[END, NICK, USER], [NICK, END, USER], [USER, NICK, END]]) {
+  test(`SASL PLAIN logs in, whereupon ${order.join(", ")} leads to the welcome`, async (t) => {
     const { port } = await serveHere(t);
     (await enter(t, port, "ana")).send("QUIT");
     const irc = await dial(t, port);
@@ -108,7 +103,7 @@ for (
   });
 }
 
-test("after SASL the nick is the account's, whatever NICK said", async (t) => {
+test("after SASL the nick is that of the account, whatever NICK asked for", async (t) => {
   const { port } = await serveHere(t);
   (await enter(t, port, "ana")).send("QUIT");
   const irc = await dial(t, port);
@@ -123,9 +118,9 @@ test("after SASL the nick is the account's, whatever NICK said", async (t) => {
   await irc.wait(/ 001 ana /);
 });
 
-test("SASL is aborted, fails, is tried again, takes pieces of 400 bytes, and names the mechanisms", async (t) => {
+test("SASL can be aborted and tried again, takes chunks of 400 bytes, and lists its mechanisms", async (t) => {
   const { port } = await serveHere(t);
-  const long = "p".repeat(288); // makes a message of exactly 400 bytes of base64
+  const long = "p".repeat(288); // makes a SASL message of exactly 400 characters of base64
   (await enter(t, port, "ana", "", long)).send("QUIT");
   const irc = await dial(t, port);
   irc.send("CAP REQ sasl", "AUTHENTICATE NONSENSE");
@@ -139,10 +134,10 @@ test("SASL is aborted, fails, is tried again, takes pieces of 400 bytes, and nam
   irc.send("AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("nobody", "x")}`);
   await irc.wait(/ 904 \* :.*No account of that name/);
   const message = b64(`ana\0ana\0${"p".repeat(288)}`);
-  const pieces = [...message.match(/.{1,400}/g) ?? []];
+  const chunks = [...message.match(/.{1,400}/g) ?? []];
   irc.send(
     "AUTHENTICATE PLAIN",
-    ...pieces.map((piece) => `AUTHENTICATE ${piece}`),
+    ...chunks.map((chunk) => `AUTHENTICATE ${chunk}`),
     ...message.length % 400 ? [] : ["AUTHENTICATE +"],
   );
   await irc.wait(/ 903 /);
@@ -152,7 +147,7 @@ test("SASL is aborted, fails, is tried again, takes pieces of 400 bytes, and nam
   await irc.wait(/ 907 ana :You are logged in already\r\n/);
 });
 
-test("PASS never registers on a connection that has tried SASL", async (t) => {
+test("PASS does not register a nick on a connection that has tried SASL", async (t) => {
   const { port, server } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send(
@@ -169,7 +164,7 @@ test("PASS never registers on a connection that has tried SASL", async (t) => {
   assert.equal(server.accounts.find("ana"), undefined);
 });
 
-test("REGISTER makes an account before connecting and logs in", async (t) => {
+test("REGISTER makes an account before the welcome and logs in to it", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("CAP LS 302");
@@ -196,7 +191,7 @@ test("REGISTER makes an account before connecting and logs in", async (t) => {
   await other.wait(/FAIL REGISTER ACCOUNT_EXISTS \* :/);
 });
 
-/** Logs in by SCRAM as `join` does; the lines that came. */
+/** Logs in by SCRAM as `join` does. @returns the final numeric, or the error of SCRAM */
 async function scram(irc: Irc, nick: string, password: string, binding = bindingOf(irc)): Promise<string> {
   const client = chat.scramClient(nick, (salt) => chat.deriveKeys(password, salt), binding);
   irc.send("AUTHENTICATE SCRAM-SCRYPT-PLUS");
@@ -204,9 +199,9 @@ async function scram(irc: Irc, nick: string, password: string, binding = binding
   let message = String((await client.next()).value);
   for (;;) {
     irc.send(`AUTHENTICATE ${b64(message)}`);
-    const [, piece] = await irc.wait(/AUTHENTICATE (\S+)\r\n| 904 .*\r\n/);
-    if (!piece) return "904";
-    const answer = Buffer.from(piece, "base64").toString();
+    const [, chunk] = await irc.wait(/AUTHENTICATE (\S+)\r\n| 904 .*\r\n/);
+    if (!chunk) return "904";
+    const answer = Buffer.from(chunk, "base64").toString();
     if (answer.startsWith("e=")) {
       await irc.wait(/ 904 /);
       return answer;
@@ -223,7 +218,7 @@ async function scram(irc: Irc, nick: string, password: string, binding = binding
 }
 const bindingOf = (irc: Irc) => createHash("sha256").update(irc.socket.getPeerX509Certificate()?.raw ?? "").digest();
 
-test("a verifier registers without logging in, and SCRAM logs in to it; so does PASS", async (t) => {
+test("REGISTER with a verifier does not log in; SCRAM and PASS then do", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   const verifier = chat.formatVerifier(chat.verifierOf(await chat.deriveKeys("secret")));
@@ -240,7 +235,7 @@ test("a verifier registers without logging in, and SCRAM logs in to it; so does 
   await enter(t, port, "ana", "", "secret");
 });
 
-test("a new verifier changes the password of who logged in by SCRAM, and of nobody else", async (t) => {
+test("PASS with a verifier changes the password of a member who logged in by SCRAM, and of no other", async (t) => {
   const { port } = await serveHere(t);
   const byPass = await enter(t, port, "ana");
   const verifier = chat.formatVerifier(chat.verifierOf(await chat.deriveKeys("new")));
@@ -263,7 +258,7 @@ test("a new verifier changes the password of who logged in by SCRAM, and of nobo
   await old.wait(/ 464 /);
 });
 
-test("CAP lists, requests, removes, and refuses what it does not know as a whole", async (t) => {
+test("CAP lists, adds and removes capabilities, and rejects a whole request that names an unknown one", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("CAP LS");
@@ -285,7 +280,7 @@ test("CAP lists, requests, removes, and refuses what it does not know as a whole
   await irc.wait(/sasl=SCRAM-SCRYPT-PLUS,PLAIN.*cap-notify|cap-notify.*sasl=SCRAM-SCRYPT-PLUS,PLAIN/);
 });
 
-test("one who negotiates is not let in before CAP END", async (t) => {
+test("a client that negotiates capabilities is not welcomed before CAP END", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("CAP LS 302", "PASS secret", "NICK ana", "USER a 0 * :a");
@@ -296,7 +291,7 @@ test("one who negotiates is not let in before CAP END", async (t) => {
 
 // ---- Rooms
 
-/** Ana and bo in the first room. */
+/** A server with two members in its first room: ana and bo. */
 async function two(
   t: TestContext,
   options: chat.ServerOptions = {},
@@ -310,14 +305,15 @@ async function two(
   return { port, ana, bo, server };
 }
 
-test("what one says reaches everybody else, in the order in which it was said", async (t) => {
+test("messages reach the other members in the order in which they were sent, and not the sender", async (t) => {
   const { ana, bo } = await two(t);
-  for (let at = 0; at < 50; at++) ana.send(`PRIVMSG #chat :line ${at}`);
+  for (let at = 0; at < 25; at++) ana.send(`PRIVMSG #chat :line ${at}`);
+  for (let at = 25; at < 50; at++) ana.socket.write(`PRIVMSG #chat :line ${at}\n`);
   for (let at = 0; at < 50; at++) await bo.wait(new RegExp(`^:ana!ana@chat PRIVMSG #chat :line ${at}\r\n`, "m"));
   assert.doesNotMatch(await ana.sync(), /PRIVMSG/);
 });
 
-test("an event is a line of its own for each form that readers ask for", async (t) => {
+test("each connection gets an event in the form of its own capabilities", async (t) => {
   const { port, bo } = await two(t);
   const modern = await enter(t, port, "cy", "message-tags server-time account-tag extended-join");
   await bo.wait(/^:cy!cy@chat JOIN #chat\r\n/m);
@@ -329,7 +325,7 @@ test("an event is a line of its own for each form that readers ask for", async (
   await modern.wait(/^@\S+ :dee!dee@chat JOIN #chat dee :dee X\r\n/m);
 });
 
-test("JOIN and PART take several rooms; the topic and the names follow a JOIN; a second JOIN is silent", async (t) => {
+test("JOIN and PART take several rooms, topic and names follow a JOIN, and a second JOIN does nothing", async (t) => {
   const { ana, bo } = await two(t);
   ana.send("JOIN #one,#two");
   await ana.wait(
@@ -356,9 +352,9 @@ test("JOIN and PART take several rooms; the topic and the names follow a JOIN; a
   assert.match(answers, / 476 ana nonsense /);
 });
 
-test("JOIN, NAMES, LIST and PART take lists as long as a line", async (t) => {
+test("JOIN, NAMES, LIST and PART take as many rooms as fit into a line", async (t) => {
   const { ana } = await two(t);
-  const rooms = Array.from({ length: 19 }, (_, at) => `#r${at}`); // with the first room, as many as one may be in
+  const rooms = Array.from({ length: 19 }, (_, at) => `#r${at}`); // with the first room, LIMITS.roomsPerMember
   ana.send(`JOIN ${rooms.join(",")}`);
   const joins = await ana.sync();
   assert.equal(lines(joins, /:ana!ana@chat JOIN #r\d/).length, rooms.length);
@@ -369,7 +365,7 @@ test("JOIN, NAMES, LIST and PART take lists as long as a line", async (t) => {
   assert.equal(lines(answers, /:ana!ana@chat PART #r\d/).length, rooms.length);
 });
 
-test("a topic is shown, set by anybody in the room, and removed", async (t) => {
+test("every member of a room can read, set and remove its topic", async (t) => {
   const { ana, bo } = await two(t, { topic: "welcome" });
   ana.send("TOPIC #chat");
   await ana.wait(/ 332 ana #chat :welcome\r\n.* 333 ana #chat chat\.server \d+\r\n/);
@@ -379,7 +375,7 @@ test("a topic is shown, set by anybody in the room, and removed", async (t) => {
   await ana.wait(/ 331 ana #chat :No topic is set\r\n.* 403 ana #other /);
 });
 
-test("errors in saying something are those of the documents, and a NOTICE has :none", async (t) => {
+test("a message that cannot be delivered is answered with the numeric of Modern IRC, a NOTICE never", async (t) => {
   const { port, ana } = await two(t);
   const cy = await enter(t, port, "cy");
   cy.send("JOIN #private");
@@ -402,7 +398,7 @@ test("errors in saying something are those of the documents, and a NOTICE has :n
   await ana.wait(/ 421 ana NOPE :Unknown command/);
 });
 
-test("a message can go to several targets, but not to a crowd of them", async (t) => {
+test("a message goes to four targets at most, and each further one is refused with 407", async (t) => {
   const { port, ana, bo } = await two(t);
   const cy = await enter(t, port, "cy");
   ana.send("PRIVMSG bo,cy,#chat :all of you");
@@ -425,7 +421,7 @@ test("a message can go to several targets, but not to a crowd of them", async (t
   assert.equal(lines(bo.all, /PRIVMSG bo :once/).length, 1);
 });
 
-test("what one says to oneself arrives, and is echoed besides", async (t) => {
+test("a message to oneself is delivered, and also echoed to a client with echo-message", async (t) => {
   const { ana } = await two(t);
   ana.send("PRIVMSG ana :note");
   await ana.wait(/^:ana!ana@chat PRIVMSG ana :note\r\n/m);
@@ -436,7 +432,7 @@ test("what one says to oneself arrives, and is echoed besides", async (t) => {
   assert.equal(lines(seen, /PRIVMSG ana :note/).length, 2, seen);
 });
 
-test("NAMES, LIST, WHO and WHOX tell who is where", async (t) => {
+test("NAMES, LIST and WHO list the rooms and their members", async (t) => {
   const { ana, bo } = await two(t);
   bo.send("JOIN #other", "TOPIC #other :a topic", "AWAY :lunch");
   await bo.wait(/ 306 bo /);
@@ -453,13 +449,9 @@ test("NAMES, LIST, WHO and WHOX tell who is where", async (t) => {
     / 352 ana #chat ana chat chat\.server ana H :0 ana X\r\n.* 352 ana #chat bo chat chat\.server bo G :0 bo X\r\n.* 315 ana #chat /,
   );
   await ana.wait(/ 352 ana #chat bo .*\r\n.* 315 ana bo .*\r\n.* 315 ana nobody /);
-  ana.send("WHO #chat %tcnfa,42");
-  await ana.wait(/ 354 ana 42 #chat ana H ana\r\n.* 354 ana 42 #chat bo G bo\r\n.* 315 /);
-  ana.send("WHO bo %tcuihsnfdlaor,7");
-  await ana.wait(/ 354 ana 7 #chat bo 255\.255\.255\.255 chat chat\.server bo G 0 \d+ bo n\/a :bo X\r\n/);
 });
 
-test("WHOIS tells about a member but never an address", async (t) => {
+test("WHOIS describes a member but never shows an address", async (t) => {
   const { ana, bo } = await two(t);
   bo.send("AWAY :lunch");
   await bo.sync();
@@ -482,7 +474,7 @@ test("WHOIS tells about a member but never an address", async (t) => {
   assert.doesNotMatch(ana.all, /127\.0\.0\.1/);
 });
 
-test("AWAY is told to who writes, and to those who asked to be notified", async (t) => {
+test("an away message is sent to members who write, and announced to clients with away-notify", async (t) => {
   const { ana, bo } = await two(t, {}, "away-notify");
   bo.send("AWAY :lunch");
   await ana.wait(/:bo!bo@chat AWAY :lunch\r\n/);
@@ -498,7 +490,7 @@ test("AWAY is told to who writes, and to those who asked to be notified", async 
   await ana.wait(/:bo!bo@chat JOIN #new\r\n:bo!bo@chat AWAY :out\r\n/);
 });
 
-test("MODE answers questions, accepts +i on oneself in silence, and refuses the rest", async (t) => {
+test("MODE answers queries, accepts +i on oneself without a reply, and refuses every other change", async (t) => {
   const { ana } = await two(t);
   ana.send(
     "MODE #chat",
@@ -518,7 +510,7 @@ test("MODE answers questions, accepts +i on oneself in silence, and refuses the 
   assert.match(await ana.sync(), /^:chat\.server PONG [^\n]*\n$/);
 });
 
-test("the small commands answer with their numerics", async (t) => {
+test("USERHOST, ISON, LUSERS, MOTD, TIME, VERSION and INFO reply with their numerics", async (t) => {
   const { ana } = await two(t);
   ana.send(
     "USERHOST ana bo nobody",
@@ -561,8 +553,10 @@ test("the small commands answer with their numerics", async (t) => {
   assert.ok(all.split("\r\n").every((line) => Buffer.byteLength(line) <= 510));
 });
 
-test("a nick changes its case, and nothing else, before the eyes of everybody", async (t) => {
+test("a member can change the case of the nick, and everybody is notified", async (t) => {
   const { ana, bo, port } = await two(t);
+  ana.send("NICK another");
+  await ana.wait(/ 484 ana :/);
   ana.send("NICK ANA");
   await bo.wait(/:ana!ana@chat NICK ANA\r\n/);
   await ana.wait(/:ana!ana@chat NICK ANA\r\n/);
@@ -574,7 +568,7 @@ test("a nick changes its case, and nothing else, before the eyes of everybody", 
   await bo.wait(/:ANA!ANA@chat JOIN #chat\r\n/);
 });
 
-test("ISUPPORT says what is so", async (t) => {
+test("ISUPPORT advertises what the server supports", async (t) => {
   const { ana } = await two(t, { name: "My Net" });
   const support = lines(ana.all, / 005 ana /).join(" ");
   for (
@@ -589,7 +583,6 @@ test("ISUPPORT says what is so", async (t) => {
       "CHANNELLEN=50",
       "CHATHISTORY=100",
       "MSGREFTYPES=msgid,timestamp",
-      "WHOX",
     ]
   ) {
     assert.ok(support.includes(` ${token} `), token);
@@ -598,7 +591,7 @@ test("ISUPPORT says what is so", async (t) => {
 
 // ---- Lines and limits
 
-test("lines that are too long, no UTF-8, or contain NUL get the answer that the documents have", async (t) => {
+test("a line that is too long or not UTF-8 is refused, and a NUL closes the connection", async (t) => {
   const { port } = await serveHere(t);
   const irc = await enter(t, port, "ana", "message-tags");
   irc.send(`PRIVMSG #chat :${"x".repeat(600)}`);
@@ -613,7 +606,7 @@ test("lines that are too long, no UTF-8, or contain NUL get the answer that the 
   await irc.closed;
 });
 
-test("a line that grows by its source is cut to 512 bytes, not inside a character", async (t) => {
+test("a message that becomes too long with its source is cut to 512 bytes, not inside a character", async (t) => {
   const { ana, bo } = await two(t);
   const text = "ä".repeat(245);
   ana.send(`PRIVMSG #chat :${text}`);
@@ -621,7 +614,7 @@ test("a line that grows by its source is cut to 512 bytes, not inside a characte
   assert.ok(Buffer.byteLength(line) <= 512 && Buffer.byteLength(line) > 509);
 });
 
-test("HTTP over TLS is told what this is", async (t) => {
+test("a client that speaks HTTP over TLS is disconnected with an explanation", async (t) => {
   const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send("GET / HTTP/1.1", "Host: x", "");
@@ -629,45 +622,92 @@ test("HTTP over TLS is told what this is", async (t) => {
   await irc.closed;
 });
 
-test("who does not log in in time is let go", async (t) => {
-  const { port, server } = await serveHere(t);
+/**
+ * Lets time pass on a server with a fake clock, in steps in which it does not count as asleep, with a sweep after each.
+ * @param present clients that send a PING in every step
+ */
+async function pass(clock: FakeClock, server: chat.Server, ms: number, ...present: readonly Irc[]): Promise<void> {
+  for (let left = ms; left > 0; left -= chat.LIMITS.sleepMs) {
+    clock.tick(Math.min(left, chat.LIMITS.sleepMs));
+    server.sweep();
+    for (const irc of present) await irc.sync();
+  }
+}
+
+test("a client that sends nothing before login is disconnected after a minute", async (t) => {
+  const clock = new FakeClock();
+  const { port, server } = await serveHere(t, { clock });
   const irc = await dial(t, port);
   await irc.sync();
-  const session = [...server.sessions][0];
-  assert.ok(session);
-  session.quietSince -= chat.LIMITS.silenceMs + 1;
+  await pass(clock, server, chat.LIMITS.silenceMs);
+  await irc.sync();
+  await pass(clock, server, chat.LIMITS.silenceMs);
+  assert.doesNotMatch(irc.all, /ERROR/);
+  clock.tick(1);
   server.sweep();
   await irc.wait(/ERROR :You did not log in in time\r\n/);
   await irc.closed;
 });
 
-test("a silent member is asked by PING, stays if it answers, and is lost if it does not", async (t) => {
-  const { ana, bo, server } = await two(t);
-  const session = [...server.sessions].find((one) => one.nick === "bo");
-  assert.ok(session);
-  session.quietSince -= chat.LIMITS.pingMs + 1;
+test("a client that sends PINGs but does not log in is disconnected after five minutes", async (t) => {
+  const clock = new FakeClock();
+  const { port, server } = await serveHere(t, { clock });
+  const irc = await dial(t, port);
+  await irc.sync();
+  await pass(clock, server, chat.LIMITS.loginMs, irc);
+  assert.doesNotMatch(irc.all, /ERROR/);
+  clock.tick(1);
   server.sweep();
+  await irc.wait(/ERROR :You did not log in in time\r\n/);
+  await irc.closed;
+});
+
+test("a silent member is sent a PING, and times out only if it does not answer", async (t) => {
+  const clock = new FakeClock();
+  const { ana, bo, server } = await two(t, { clock });
+  await pass(clock, server, chat.LIMITS.pingMs, ana);
+  assert.doesNotMatch(bo.all, /^PING/m);
+  await pass(clock, server, 1, ana);
   await bo.wait(/PING chat\.server\r\n/);
   bo.send("PONG x");
   await bo.sync();
-  server.sweep();
-  await bo.sync();
-  session.quietSince -= 3 * chat.LIMITS.pingMs;
-  server.sweep();
-  await bo.wait(/PING chat\.server\r\n/); // whatever was before, who was not asked is not lost
-  session.askedAt -= chat.LIMITS.pingMs + 1;
-  server.sweep();
+  await pass(clock, server, chat.LIMITS.pingMs, ana);
+  assert.doesNotMatch(await bo.sync(), /^PING/m);
+  await pass(clock, server, chat.LIMITS.pingMs + 1, ana);
+  await bo.wait(/PING chat\.server\r\n/);
+  await pass(clock, server, chat.LIMITS.pingMs, ana);
+  assert.equal(server.accounts.find("bo")?.sessions.size, 1, "it has a minute to answer");
+  await pass(clock, server, 1, ana);
   await bo.closed;
-  const member = server.accounts.find("bo");
-  assert.ok(member?.present, "it is held present for a while");
-  member.leftAt -= chat.LIMITS.lingerMs + 1;
+  assert.equal(server.accounts.find("bo")?.sessions.size, 0);
+  await ana.sync();
+  assert.doesNotMatch(ana.all, / QUIT /);
+  await pass(clock, server, chat.LIMITS.graceMs, ana);
+  assert.ok(server.accounts.find("bo")?.present, "it stays present for the grace period");
+  assert.doesNotMatch(ana.all, / QUIT /);
+  await pass(clock, server, 1, ana);
+  assert.match(ana.all, /:bo!bo@chat QUIT :Connection lost\r\n/);
+  assert.equal(server.accounts.find("bo")?.present, false);
+});
+
+test("nobody times out while the machine is asleep", async (t) => {
+  const clock = new FakeClock();
+  const { port, ana, bo, server } = await two(t, { clock });
+  const early = await dial(t, port);
+  await early.sync();
+  bo.socket.destroy();
+  await until(() => server.accounts.find("bo")?.sessions.size === 0, () => "the loss was not noticed");
+  clock.tick(24 * 3_600_000);
   server.sweep();
+  assert.doesNotMatch(await ana.sync(), /^PING| QUIT /m);
+  assert.doesNotMatch(await early.sync(), /ERROR/);
+  await pass(clock, server, 1_000);
   await ana.wait(/:bo!bo@chat QUIT :Connection lost\r\n/);
 });
 
 // ---- Several connections of one account
 
-test("all connections of an account are one member", async (t) => {
+test("several connections of an account are one member", async (t) => {
   const { port, ana, bo } = await two(t);
   const desk = await enter(t, port, "ana");
   assert.match(desk.all, /:ana!ana@chat JOIN #chat\r\n.* 353 ana = #chat :ana bo\r\n/);
@@ -689,7 +729,7 @@ test("all connections of an account are one member", async (t) => {
   await bo.wait(/:ana!ana@chat QUIT :Quit: good night\r\n/);
 });
 
-test("one's own private messages are echoed to one's other connections that know echoes", async (t) => {
+test("a private message is also sent to the sender's other connections that have echo-message", async (t) => {
   const { port, bo } = await two(t);
   const modern = await enter(t, port, "ana", "echo-message");
   const sender = await enter(t, port, "ana");
@@ -698,7 +738,7 @@ test("one's own private messages are echoed to one's other connections that know
   await modern.wait(/:ana!ana@chat PRIVMSG bo :psst\r\n/);
 });
 
-test("others do not see a connection that is lost and soon taken up again", async (t) => {
+test("members are not notified of a connection that is lost and reconnects within the grace period", async (t) => {
   const { port, ana, bo } = await two(t);
   bo.send("JOIN #second");
   await bo.sync();
@@ -710,7 +750,7 @@ test("others do not see a connection that is lost and soon taken up again", asyn
   await ana.wait(/QUIT/);
 });
 
-test("private messages to somebody who is away from the server are handed over on return", async (t) => {
+test("private messages to an absent member are delivered on return, and only once", async (t) => {
   const { port, ana, bo } = await two(t);
   bo.send("QUIT");
   await ana.wait(/:bo!bo@chat QUIT/);
@@ -725,31 +765,54 @@ test("private messages to somebody who is away from the server are handed over o
   assert.doesNotMatch(await again.sync(), /PRIVMSG/);
 });
 
-test("what a connection may not have read is handed over, also if its loss was not noticed yet", async (t) => {
-  const { port, ana, bo, server } = await two(t);
-  const [session] = server.accounts.find("bo")?.sessions ?? [];
-  assert.ok(session);
+test("private messages are replayed until the member sends a line, also if a loss is not noticed yet", async (t) => {
+  const { port, ana, bo } = await two(t);
   ana.send("PRIVMSG bo :read");
   await bo.wait(/PRIVMSG bo :read\r\n/);
-  for (const at = Date.now(); Date.now() <= at + 1;) await bo.sync(); // what is of one millisecond is told once more
-  server.sweep();
-  await bo.wait(/PING chat\.server\r\n/);
   bo.send("PONG chat.server");
   await bo.sync();
   ana.send("PRIVMSG bo :lost on the way");
   await ana.sync();
-  bo.send("PRIVMSG #chat :this proves nothing");
-  await bo.sync();
-  for (let at = 0; at < 2; at++) { // nor was it read by the first who was told again
+  for (let at = 0; at < 2; at++) { // the first connection that gets them may be lost before it has read them
     const back = await enter(t, port, "bo");
     await back.wait(/PRIVMSG bo :lost on the way\r\n/);
     assert.doesNotMatch(back.all, /:read/);
   }
+  const last = await enter(t, port, "bo");
+  await last.wait(/PRIVMSG bo :lost on the way\r\n/);
+  await last.sync();
+  assert.doesNotMatch(await (await enter(t, port, "bo")).sync(), /PRIVMSG/);
+});
+
+test("a client with draft/chathistory is sent no missed private messages: it reads them itself", async (t) => {
+  const { port, ana, bo } = await two(t);
+  bo.send("QUIT");
+  await ana.wait(/:bo!bo@chat QUIT/);
+  ana.send("PRIVMSG bo :one");
+  await ana.sync();
+  const back = await enter(t, port, "bo", "batch draft/chathistory");
+  back.send("CHATHISTORY LATEST ana * 10");
+  await back.wait(/^@batch=\S+ :ana!ana@chat PRIVMSG bo :one\r\n/m);
+  assert.equal(lines(back.all, / PRIVMSG bo :one/).length, 1);
+});
+
+test("a client that quits between SASL and the welcome leaves the missed private messages for the next one", async (t) => {
+  const { port, ana, bo } = await two(t);
+  bo.send("QUIT");
+  await ana.wait(/:bo!bo@chat QUIT/);
+  ana.send("PRIVMSG bo :missed");
+  await ana.sync();
+  const irc = await dial(t, port);
+  irc.send("CAP REQ sasl", "AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("bo", "secret")}`);
+  await irc.wait(/ 903 /);
+  irc.send("QUIT");
+  await irc.wait(/ERROR :Quit\r\n/);
+  await (await enter(t, port, "bo")).wait(/PRIVMSG bo :missed\r\n/);
 });
 
 // ---- Tags, labels, batches
 
-test("client-only tags are relayed to those who know tags, others are not", async (t) => {
+test("client-only tags are relayed to clients with message-tags, and other tags to nobody", async (t) => {
   const { port, ana } = await two(t);
   const cy = await enter(t, port, "cy", "message-tags echo-message");
   const dee = await enter(t, port, "dee", "message-tags");
@@ -764,7 +827,7 @@ test("client-only tags are relayed to those who know tags, others are not", asyn
   assert.doesNotMatch(await ana.sync(), /TAGMSG/);
 });
 
-test("a labelled line is answered by one labelled line, a batch of several, or an ACK", async (t) => {
+test("the reply to a labelled line is one labelled line, a labelled batch, or an ACK", async (t) => {
   const { port } = await serveHere(t);
   const irc = await enter(t, port, "ana", "labeled-response batch echo-message message-tags");
   irc.send("@label=one PING x");
@@ -790,7 +853,7 @@ test("a labelled line is answered by one labelled line, a batch of several, or a
   await irc.wait(/^@label=eight :chat\.server ACK\r\nERROR :Quit\r\n/m);
 });
 
-test("a numbered line is executed once, however often it is sent", async (t) => {
+test("a line with an idempotency key is executed once, however often it is sent", async (t) => {
   const { port, bo } = await two(t);
   const caps = "message-tags echo-message";
   const ana = await enter(t, port, "ana", caps);
@@ -811,12 +874,12 @@ test("a numbered line is executed once, however often it is sent", async (t) => 
   await back.wait(/^@chat\.local\/once=abc-2 :chat\.server ACK\r\n@chat\.local\/once=abc-4;/m);
   const heard = lines(await bo.sync() && bo.all, /PRIVMSG #chat/);
   assert.deepEqual(heard.map((line) => line.split(" :").at(-1)), ["one", "two", "four"]);
-  assert.ok(heard.every((line) => !line.includes("once")), "the number is between its sender and the server");
+  assert.ok(heard.every((line) => !line.includes("once")), "only the sender sees the key");
 });
 
 // ---- History
 
-test("history is read from every side, in a batch, and within limits", async (t) => {
+test("CHATHISTORY reads a log forwards and backwards, in a batch, and within its limits", async (t) => {
   const { port } = await serveHere(t, { history: 150 });
   const ana = await enter(t, port, "ana", "batch message-tags server-time draft/chathistory echo-message");
   for (let at = 0; at < 200; at++) ana.send(`PRIVMSG #chat :m${at}`);
@@ -853,7 +916,7 @@ test("history is read from every side, in a batch, and within limits", async (t)
   assert.deepEqual(await read("AFTER #chat timestamp=2101-01-01T00:00:00.000Z 3"), []);
 });
 
-test("history refuses what it cannot give, with the codes of the specification", async (t) => {
+test("CHATHISTORY refuses what it cannot read with the codes of the specification", async (t) => {
   const { ana, bo } = await two(t, {}, "batch draft/chathistory");
   bo.send("JOIN #secret", "PRIVMSG #secret :x");
   await bo.sync();
@@ -876,24 +939,7 @@ test("history refuses what it cannot give, with the codes of the specification",
   await ana.wait(/BATCH \+\S+ chathistory bo\r\n:chat\.server BATCH -/);
 });
 
-test("joins, parts and topics are in the history of those who know event-playback", async (t) => {
-  const { port, server } = await serveHere(t);
-  const plainly = await enter(t, port, "ana", "batch draft/chathistory");
-  const playing = await enter(t, port, "bo", "batch draft/chathistory draft/event-playback");
-  playing.send("TOPIC #chat :t", "PRIVMSG #chat :m", "JOIN #x", "PART #x");
-  await playing.sync();
-  plainly.send("CHATHISTORY LATEST #chat * 50");
-  const [, few = ""] = await plainly.wait(/chathistory #chat\r\n([\s\S]*?):chat\.server BATCH -/);
-  assert.deepEqual(lines(few, /./).map((line) => line.split(" ")[2]), ["PRIVMSG"]);
-  playing.send("CHATHISTORY LATEST #chat * 50");
-  const [, many = ""] = await playing.wait(/chathistory #chat\r\n([\s\S]*?):chat\.server BATCH -/);
-  assert.deepEqual(lines(many, /./).map((line) => line.split(" ")[2]), ["JOIN", "JOIN", "TOPIC", "PRIVMSG"]);
-  for (let at = 0; at < 400; at++) playing.send("JOIN #x", "PART #x");
-  await playing.sync();
-  assert.equal(server.rooms.get("#x")?.log.presence.length, chat.LIMITS.presence);
-});
-
-test("private talks have a history for the two of them, and TARGETS names what was said where", async (t) => {
+test("only the two members of a private talk can read its history, and TARGETS lists it with their rooms", async (t) => {
   const { port, ana, bo } = await two(t, {}, "batch draft/chathistory");
   ana.send("PRIVMSG bo :one");
   bo.send("PRIVMSG ana :two");
@@ -918,39 +964,60 @@ test("private talks have a history for the two of them, and TARGETS names what w
   await ana.wait(/draft\/chathistory-targets\r\n:chat\.server BATCH -/);
 });
 
-test("ids rise over the whole server, and do not go back when the clock does", async (t) => {
-  const { port } = await serveHere(t);
+test("message ids rise over the whole server, and their times do not go back when the clock does", async (t) => {
+  const clock = new FakeClock();
+  const { port } = await serveHere(t, { clock });
   const ana = await enter(t, port, "ana", "message-tags echo-message server-time");
-  const real = Date.now();
-  t.mock.method(Date, "now", () => real - 3_600_000);
-  ana.send("PRIVMSG #chat :a", "JOIN #b", "PRIVMSG #b :b", "PRIVMSG #chat :c");
-  const found = lines(await ana.sync(), /PRIVMSG/).map((line) =>
-    /msgid=(\d+)-(\d+)/.exec(line)?.slice(1).map(Number) ?? []
-  );
-  for (const [at, [time = 0, number = 0]] of found.entries()) {
-    const [before = 0, last = 0] = found[at - 1] ?? [real - 1000, 0];
-    assert.ok(time >= before && number > last);
-  }
+  ana.send("PRIVMSG #chat :a");
+  await ana.sync();
+  const before = clock.wall();
+  clock.setWall(before - 3_600_000);
+  ana.send("PRIVMSG #chat :b", "JOIN #b", "PRIVMSG #b :c", "PRIVMSG #chat :d");
+  await ana.sync();
+  clock.setWall(before + 1);
+  ana.send("PRIVMSG #chat :e");
+  await ana.sync();
+  const ids = lines(ana.all, / PRIVMSG #/).map((line) => /msgid=(\d+)-(\d+)/.exec(line)?.slice(1).map(Number) ?? []);
+  assert.deepEqual(ids.map(([time]) => time), [before, before, before, before, before + 1]);
+  const numbers = ids.map(([, number = 0]) => number);
+  assert.deepEqual(numbers, [...new Set(numbers)].sort((one, other) => one - other));
+  assert.equal(numbers.length, 5);
 });
 
-test("an empty room and its log stay ten minutes, the first room always", async (t) => {
-  const { port, server } = await serveHere(t);
+test("an empty room keeps its log for ten minutes, the first room for ever", async (t) => {
+  const clock = new FakeClock();
+  const { port, server } = await serveHere(t, { clock });
   const ana = await enter(t, port, "ana", "batch draft/chathistory");
   ana.send("JOIN #x", "PRIVMSG #x :kept", "PART #x", "PART #chat");
   await ana.sync();
-  server.sweep();
+  await pass(clock, server, chat.LIMITS.roomIdleMs, ana);
   ana.send("JOIN #x", "CHATHISTORY LATEST #x * 5");
   await ana.wait(/PRIVMSG #x :kept/);
+  await pass(clock, server, chat.LIMITS.roomIdleMs + 1, ana);
   ana.send("PART #x");
   await ana.sync();
-  for (const room of server.rooms.values()) room.emptySince -= chat.LIMITS.roomIdleMs + 1;
-  server.sweep();
+  await pass(clock, server, chat.LIMITS.roomIdleMs, ana);
+  assert.deepEqual([...server.rooms.keys()], ["#chat", "#x"]);
+  await pass(clock, server, 1, ana);
   assert.deepEqual([...server.rooms.keys()], ["#chat"]);
+});
+
+test("a room in which nothing was said closes when it becomes empty", async (t) => {
+  const { port, server } = await serveHere(t);
+  const ana = await enter(t, port, "ana");
+  ana.send(
+    "JOIN #silent,#said",
+    "TOPIC #silent :a topic is no message",
+    "PRIVMSG #said :something",
+    "PART #silent,#said",
+  );
+  await ana.sync();
+  assert.deepEqual([...server.rooms.keys()], ["#chat", "#said"]);
 });
 
 // ---- The operator
 
-test("the operator can lock, admit, kick, forget and say", async (t) => {
+test("the operator can lock and unlock registration, admit, kick, forget, and say something to everybody", async (t) => {
   const { ana, bo, port, server } = await two(t, {}, "cap-notify");
   const order = (name: string, nick = "", rest = "") =>
     [chat.CONSOLE[name]?.run(server, nick, rest) ?? ""].flat().join("\n");
@@ -986,7 +1053,7 @@ test("the operator can lock, admit, kick, forget and say", async (t) => {
 
 // ---- Limits
 
-test("connections are limited in all, by address, and before login", async (t) => {
+test("connections are limited in all and per network", async (t) => {
   const { port } = await serveHere(t, { perAddress: 2, maxClients: 3 });
   await enter(t, port, "ana");
   await enter(t, port, "bo");
@@ -998,7 +1065,110 @@ test("connections are limited in all, by address, and before login", async (t) =
   await (await dial(t, full.port)).wait(/ERROR :The server is full\r\n/);
 });
 
-test("a member can be in so many rooms, and there are so many rooms", async (t) => {
+/** The other end of a connection without a socket. It takes everything that is written to it at once. */
+class TestPeer implements chat.Peer {
+  readonly address: string;
+  readonly session: chat.Session;
+  written = "";
+  isRead = true;
+  isEnded = false;
+
+  constructor(server: chat.Server, address = "192.0.2.1") {
+    this.address = address;
+    this.session = server.open(this);
+  }
+
+  write(bytes: Buffer): boolean {
+    this.written += bytes;
+    return true;
+  }
+
+  pending(): number {
+    return 0;
+  }
+
+  read(flowing: boolean): void {
+    this.isRead = flowing;
+  }
+
+  end(): void {
+    this.isEnded = true;
+  }
+
+  /** Receives lines that end with a bare LF, in one chunk. */
+  send(...texts: readonly string[]): void {
+    this.session.receive(Buffer.from(texts.map((text) => `${text}\n`).join("")));
+  }
+
+  wait(pattern: RegExp): Promise<void> {
+    return until(() => pattern.test(this.written), () => `no ${pattern} in:\n${this.written.slice(-1000)}`, 5_000);
+  }
+}
+
+test("unauthenticated connections are limited, and a login makes place for another one", async () => {
+  const server = new chat.Server({ clock: new FakeClock(), perAddress: 1000 });
+  const peers = Array.from({ length: chat.LIMITS.unauthenticated }, () => new TestPeer(server));
+  const [first] = peers;
+  assert.ok(first && peers.every(({ isEnded }) => !isEnded));
+  const late = new TestPeer(server);
+  assert.match(late.written, /^ERROR :Too many connections are just logging in\r\n/);
+  assert.ok(late.isEnded);
+  first.send("PASS secret", "NICK ana", "USER ana 0 * :Ana");
+  await first.wait(/ 366 /);
+  assert.equal(new TestPeer(server).isEnded, false);
+  assert.equal(new TestPeer(server).isEnded, true);
+});
+
+/** A server with a member whose client takes everything, and so many rooms that LIST fills more than the queue. */
+async function withLongList(): Promise<TestPeer> {
+  const server = new chat.Server({ clock: new FakeClock(), rate: 0 });
+  for (let at = 0; server.rooms.size < chat.LIMITS.rooms; at++) {
+    const room = server.openRoom(`#room-${at}`);
+    room.topic = server.happens(room, "TOPIC", "ana", "x".repeat(chat.LIMITS.topic));
+  }
+  const peer = new TestPeer(server);
+  peer.send("CAP REQ labeled-response", "PASS secret", "NICK ana", "USER ana 0 * :Ana", "CAP END");
+  await peer.wait(/ 366 /);
+  peer.written = "";
+  return peer;
+}
+
+test("reading resumes after a reply that fills the outgoing queue, with the lines that come later", async () => {
+  const peer = await withLongList();
+  peer.send("LIST");
+  await peer.wait(/ 323 ana /);
+  assert.ok(peer.written.length > chat.LIMITS.pauseBytes);
+  await until(() => peer.isRead, () => "reading is still paused", 5_000);
+  for (const token of ["one", "two", "three"]) {
+    peer.send(`PING ${token}`);
+    await peer.wait(new RegExp(`PONG chat\\.server ${token}\r\n`));
+  }
+  assert.ok(peer.isRead);
+});
+
+test("lines behind one whose reply fills the outgoing queue are executed in order, and reading resumes", async () => {
+  for (const list of ["LIST", "@label=x LIST"]) {
+    const peer = await withLongList();
+    peer.send(list, "PING one", list, list, "PING two");
+    await peer.wait(/PONG chat\.server two\r\n/);
+    const order = lines(peer.written, / 323 | PONG /).map((line) => line.split(" ").at(-1));
+    assert.deepEqual(order, ["/LIST", "one", "/LIST", "/LIST", "two"]);
+    await until(() => peer.isRead, () => "reading is still paused", 5_000);
+    peer.send("PING three");
+    await peer.wait(/PONG chat\.server three\r\n/);
+  }
+});
+
+test("a client that closes its side gets the replies to everything that it sent before, however long", async () => {
+  const peer = await withLongList();
+  peer.send("LIST", "LIST", "PING last");
+  peer.session.received();
+  await peer.wait(/PONG chat\.server last\r\n/);
+  await until(() => peer.isEnded, () => "the connection is still open", 5_000);
+  assert.equal(lines(peer.written, / 323 /).length, 2);
+});
+
+test("the rooms of a member are limited, and so are all rooms together", async (t) => {
   const { port, server } = await serveHere(t);
   const ana = await enter(t, port, "ana");
   for (let at = 1; at < chat.LIMITS.roomsPerMember; at++) ana.send(`JOIN #r${at}`);
@@ -1007,27 +1177,40 @@ test("a member can be in so many rooms, and there are so many rooms", async (t) 
   const bo = await server.accounts.register("bo", "secret", { address: "127.0.0.1", closed: false });
   assert.ok(typeof bo !== "string");
   for (let at = server.rooms.size; at < chat.LIMITS.rooms; at++) server.openRoom(`#o${at}`).members.add(bo);
-  ana.send("PART #r1", "JOIN #one");
+  ana.send("PRIVMSG #r1 :something", "PART #r1", "JOIN #one");
   await ana.wait(/ 366 ana #one /);
-  assert.equal(server.rooms.has("#r1"), false, "an empty room makes place");
+  assert.equal(server.rooms.has("#r1"), false, "an empty room is closed for it, with its log");
   server.rooms.get("#r2")?.members.add(bo);
   ana.send("PART #r2", "JOIN #two");
   await ana.wait(/ 437 ana #two /);
+  assert.equal(server.rooms.size, chat.LIMITS.rooms);
 });
 
-test("of too many rooms the longest empty one goes, but first those in which nothing was said", async (t) => {
-  const { port, server } = await serveHere(t);
+test("at the limit of rooms the one that has been empty for longest is closed", async (t) => {
+  const clock = new FakeClock();
+  const { port, server } = await serveHere(t, { clock });
   const ana = await enter(t, port, "ana");
-  ana.send("JOIN #said,#again,#silent,#busy", "PRIVMSG #said :something", "PART #said,#again,#silent");
-  ana.send("JOIN #again", "PART #again");
+  const names = ["#first", "#second", "#third"];
+  for (const name of names) ana.send(`JOIN ${name}`, `PRIVMSG ${name} :something`);
   await ana.sync();
-  for (const name of ["#silent", "#again", "#said", undefined]) {
-    assert.equal(server.dullest?.name, name);
-    if (server.dullest) server.closeRoom(server.dullest);
+  for (const name of ["#second", "#first", "#third", "#second"]) {
+    clock.tick(1);
+    ana.send(`JOIN ${name}`, `PART ${name}`);
+    await ana.sync();
+  }
+  for (let at = server.rooms.size; at < chat.LIMITS.rooms; at++) {
+    server.openRoom(`#o${at}`).emptySince = clock.now() + 1;
+  }
+  for (const [at, name] of ["#first", "#third", "#second"].entries()) {
+    assert.ok(server.rooms.has(name), name);
+    ana.send(`JOIN #new${at}`);
+    await ana.sync();
+    assert.equal(server.rooms.has(name), false, name);
+    assert.equal(server.rooms.size, chat.LIMITS.rooms);
   }
 });
 
-test("history is bounded in bytes, and what is longest without a message goes first", () => {
+test("history is limited in bytes, and the log longest without a message loses its messages first", () => {
   const history = new chat.History(1_000_000);
   const [old, recent] = [new chat.Log(), new chat.Log()];
   const happened = { kind: "PRIVMSG", nick: "a", target: "b", tags: [] } as const;

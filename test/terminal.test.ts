@@ -1,5 +1,5 @@
 // deno-lint-ignore-file no-regex-spaces no-control-regex -- screens are matched as they stand, blanks and escapes included
-// What a person sees and types: the built executable in tmux.
+// The client and the operator's console as a person sees them: the built executable in tmux.
 import assert from "node:assert/strict";
 import { test, type TestContext } from "node:test";
 import { cells, type Server } from "../chat.ts";
@@ -17,7 +17,7 @@ import {
 
 const TMUX = wants("tmux");
 
-/** A terminal that has joined, and bo, who is in the room as well. */
+/** A terminal in which ana has joined, and a connection of bo, another member of the room. */
 async function joined(
   t: TestContext,
   { columns = 80, rows = 24, args = [] as readonly string[], runtime = "binary" as Runtime, env = {} } = {},
@@ -31,47 +31,51 @@ async function joined(
   return { ana, bo, port, server };
 }
 
-/** What a hostile text would change about a terminal: its title, its screen, its modes. */
+/** The state of a terminal that escape sequences can change: its title, its screen and its modes. */
 const stateOf = (terminal: Terminal) =>
   terminal.ask(
     "#{pane_title}|#{alternate_on}|#{cursor_flag}|#{insert_flag}|#{keypad_flag}|#{mouse_any_flag}|#{origin_flag}|#{wrap_flag}|#{scroll_region_upper}|#{scroll_region_lower}",
   );
 
 for (const runtime of Object.keys(RUNTIMES) as Runtime[]) {
-  test(`a newcomer is led into the room on ${runtime}`, TMUX, async (t) => {
-    const { port } = await serveHere(t);
-    const bo = await enter(t, port, "bo");
-    bo.send("PRIVMSG #chat :said before");
-    await bo.sync();
-    const ana = new Terminal(t, [...RUNTIMES[runtime](), "join", `127.0.0.1:${port}`]);
-    await ana.wait(/^127\.0\.0\.1 is this machine: took its key ([a-z2-7]{4}-?){6} unchecked\nNick:/m);
-    ana.enter("2fast");
-    await ana.wait(/-- A nick has 1 to 20/);
-    ana.enter("ana");
-    await ana.wait(/Password:$/);
-    ana.enter("secret");
-    await ana.wait(/No account ana here yet\. The same password again registers it:$/);
-    ana.enter("secrte");
-    await ana.wait(/-- these were two different passwords/);
-    await ana.wait(/Password:$/);
-    ana.enter("secret");
-    await ana.wait(/registers it:$/);
-    ana.enter("secret");
-    await ana.wait(/\d\d:\d\d bo    said before\nWelcome to #chat, ana\. Here: bo\. \/help lists/);
-    bo.send("PRIVMSG #chat :morning");
-    await ana.wait(/^\d\d:\d\d bo    morning\n#chat>$/m);
-    ana.enter("hello");
-    await bo.wait(/:ana!ana@chat PRIVMSG #chat :hello\r\n/);
-    await ana.wait(/^\d\d:\d\d bo    morning\n\d\d:\d\d ana   hello\n#chat>$/m);
-    bo.send("QUIT");
-    await ana.wait(/^-- bo left$/m);
-    assert.doesNotMatch(ana.screen({ history: true }), /secr/);
-    ana.enter("/exit");
-    await ana.wait(/^\[exit 0\]$/m);
-  });
+  test(
+    `a new person is asked for a nick and a password, registers, and talks in the room (${runtime})`,
+    TMUX,
+    async (t) => {
+      const { port } = await serveHere(t);
+      const bo = await enter(t, port, "bo");
+      bo.send("PRIVMSG #chat :said before");
+      await bo.sync();
+      const ana = new Terminal(t, [...RUNTIMES[runtime](), "join", `127.0.0.1:${port}`]);
+      await ana.wait(/^-- 127\.0\.0\.1 is this machine: took its key ([a-z2-7]{4}-?){6}\s+unchecked\nNick:$/);
+      ana.enter("2fast");
+      await ana.wait(/-- A nick has 1 to 20/);
+      ana.enter("ana");
+      await ana.wait(/Password:$/);
+      ana.enter("secret");
+      await ana.wait(/No account ana here yet\. The same password again registers it:$/);
+      ana.enter("secrte");
+      await ana.wait(/-- these were two different passwords/);
+      await ana.wait(/Password:$/);
+      ana.enter("secret");
+      await ana.wait(/registers it:$/);
+      ana.enter("secret");
+      await ana.wait(/\d\d:\d\d bo    said before\nWelcome to #chat, ana\. Here: bo\. \/help lists/);
+      bo.send("PRIVMSG #chat :morning");
+      await ana.wait(/^\d\d:\d\d bo    morning\n#chat>$/m);
+      ana.enter("hello");
+      await bo.wait(/:ana!ana@chat PRIVMSG #chat :hello\r\n/);
+      await ana.wait(/^\d\d:\d\d bo    morning\n\d\d:\d\d ana   hello\n#chat>$/m);
+      bo.send("QUIT");
+      await ana.wait(/^-- bo left$/m);
+      assert.doesNotMatch(ana.screen({ history: true }), /secr/);
+      ana.enter("/exit");
+      await ana.wait(/^\[exit 0\]$/m);
+    },
+  );
 }
 
-test("a password is never on the screen, and the arrow keys do not bring it back", TMUX, async (t) => {
+test("a password is never shown on the screen, and the arrow keys do not recall it", TMUX, async (t) => {
   const { port } = await serveHere(t);
   const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`]);
   await ana.wait(/Password:$/);
@@ -89,19 +93,36 @@ test("a password is never on the screen, and the arrow keys do not bring it back
   assert.doesNotMatch(ana.screen({ history: true }), /hunter|unter/);
 });
 
-test("a wrong password gets a line why and the question again, and three of them the end", TMUX, async (t) => {
+test("a password that is typed ahead a second time is not sent to the room", TMUX, async (t) => {
   const { port } = await serveHere(t);
-  await enter(t, port, "ana", "", "right");
+  const bo = await enter(t, port, "bo");
+  await enter(t, port, "ana");
   const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`]);
-  for (let tries = 1; tries <= 3; tries++) {
-    await ana.wait(new RegExp(`(Password:\\n-- ana is registered here.*\\n){${tries - 1}}Password:$`));
-    ana.enter("wrong");
-  }
-  await ana.wait(/chat: too many wrong passwords\nchat: hint: .*\n\[exit 1\]/);
+  await ana.wait(/Password:$/);
+  ana.type("secret\rsecret\r"); // as for a new account, which needs it twice
+  await ana.wait(/Welcome/);
+  ana.enter("the end");
+  await bo.wait(/:ana!ana@chat PRIVMSG #chat :the end\r\n/);
+  assert.doesNotMatch(bo.all, /PRIVMSG #chat :secret/);
 });
 
+test(
+  "a wrong password is explained and asked for again, and the third one ends the program with status 1",
+  TMUX,
+  async (t) => {
+    const { port } = await serveHere(t);
+    await enter(t, port, "ana", "", "right");
+    const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`]);
+    for (let tries = 1; tries <= 3; tries++) {
+      await ana.wait(new RegExp(`(Password:\\n-- ana is registered here.*\\n){${tries - 1}}Password:$`));
+      ana.enter("wrong");
+    }
+    await ana.wait(/chat: too many wrong passwords\nchat: hint: .*\n\[exit 1\]/);
+  },
+);
+
 for (const columns of [40, 20, 80]) {
-  test(`a half-typed line is not disturbed in ${columns} columns, by whatever arrives`, TMUX, async (t) => {
+  test(`a half-typed line stays whole in ${columns} columns while messages arrive`, TMUX, async (t) => {
     const { ana, bo } = await joined(t, { columns, rows: 20 });
     const typed = "this line is half typed, longer than the terminal is wide, and has 日本語, 😀 and e\u0301 in it";
     ana.type(typed);
@@ -112,7 +133,7 @@ for (const columns of [40, 20, 80]) {
       bo.send(`PRIVMSG #chat :${`message ${at} 日本語 with many words `.repeat(at + 1)}end${at}`);
       await ana.wait(new RegExp(`end${at}\\n#chat> t`));
       await whole();
-      assert.equal(ana.screen().split("#chat> ").length, 2, "the prompt is there once");
+      assert.equal(ana.screen().split("#chat> ").length, 2, "the prompt is drawn once");
     }
     ana.keys("Home");
     ana.type("X");
@@ -124,7 +145,7 @@ for (const columns of [40, 20, 80]) {
   });
 }
 
-test("the cursor is where one types, also in a line that wraps", TMUX, async (t) => {
+test("the cursor stands where the next character will be inserted, also in a line that wraps", TMUX, async (t) => {
   const { ana } = await joined(t, { columns: 30 });
   const at = () => ana.ask("#{cursor_x} #{cursor_y}").split(" ").map(Number);
   ana.type("ab日本語");
@@ -143,7 +164,7 @@ test("the cursor is where one types, also in a line that wraps", TMUX, async (t)
   assert.equal(x, cells(rows.at(-1) ?? ""));
 });
 
-test("a resize in mid-typing leaves one prompt with the whole line, and the messages above it", TMUX, async (t) => {
+test("after a resize the prompt is drawn once, with the whole half-typed line, below the messages", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { columns: 60 });
   for (let at = 0; at < 5; at++) bo.send(`PRIVMSG #chat :message number ${at} with a few words`);
   await ana.wait(/number 4/);
@@ -153,7 +174,7 @@ test("a resize in mid-typing leaves one prompt with the whole line, and the mess
   await ana.untilTyped(expected);
   for (const columns of [40, 25, 70, 33, 100]) {
     ana.resize(columns, 24);
-    const first = `#chat> ${typed}`.slice(0, columns - 1); // as the program draws it, once it has been told
+    const first = `#chat> ${typed}`.slice(0, columns - 1); // as the program draws it, once it knows the new width
     await ana.wait(new RegExp(`^${first.replace(/[#>]/g, ".")}$`, "m"));
     await ana.untilTyped(expected);
     bo.send(`PRIVMSG #chat :at ${columns}`);
@@ -163,10 +184,10 @@ test("a resize in mid-typing leaves one prompt with the whole line, and the mess
   }
 });
 
-test("thousands of lines may arrive while one types: the line is whole, and everything was shown", TMUX, async (t) => {
+test("a half-typed line stays whole while 10,000 messages arrive, and the messages are shown", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   const lines = 10_000;
-  // In bursts that a busy machine can follow: one that is owed a mebibyte is closed, which is another test's business.
+  // In bursts that a busy machine can follow: a connection with more than LIMITS.queueBytes queued is closed.
   const burst = async (from: number) => {
     for (let at = from; at < from + 1000; at++) bo.send(`PRIVMSG #chat :flood ${at}`);
     await ana.wait(new RegExp(`flood ${from + 999}\\n`));
@@ -181,7 +202,7 @@ test("thousands of lines may arrive while one types: the line is whole, and ever
   await bo.wait(/PRIVMSG #chat :typed meanwhile/);
 });
 
-test("what others send does not touch the terminal, whatever bytes and characters it has", TMUX, async (t) => {
+test("messages cannot change the terminal's state, whatever bytes and characters they contain", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { columns: 80, rows: 24 });
   const before = stateOf(ana);
   const sequences = [
@@ -238,9 +259,9 @@ test("no parameter of any line from a server reaches the terminal uncleaned", TM
     const command of [...numerics, ..."NICK KICK FAIL NOTE WARN ERR NOTICE PRIVMSG TOPIC JOIN PART QUIT".split(" ")]
   ) {
     const words = command === "322" || Number(command) % 2 ? ["ana", evil, evil, evil] : ["ana", "#chat", evil, evil];
-    session.answer(`:${evil}!x@chat ${command} ${words.join(" ")} :${evil} ${command}`);
+    session.reply(`:${evil}!x@chat ${command} ${words.join(" ")} :${evil} ${command}`);
   }
-  session.answer(`:bo!bo@chat PRIVMSG #chat :the end`);
+  session.reply(`:bo!bo@chat PRIVMSG #chat :the end`);
   await ana.wait(/the end\n\S+> *$/);
   assert.equal(stateOf(ana), before);
   ana.enter("/who");
@@ -253,7 +274,7 @@ test("no parameter of any line from a server reaches the terminal uncleaned", TM
 
 for (const runtime of ["binary", "deno"] as const) {
   test(
-    `what comes in one piece is typed line by line, unless it is a bracketed paste (${runtime})`,
+    `several lines that arrive in one read count as typed, unless they are a bracketed paste (${runtime})`,
     TMUX,
     async (t) => {
       const { ana, bo } = await joined(t, { runtime });
@@ -268,7 +289,7 @@ for (const runtime of ["binary", "deno"] as const) {
     },
   );
 
-  test(`a pasted command is run or said only when the person has answered (${runtime})`, TMUX, async (t) => {
+  test(`a pasted command is run or said only after the person has chosen (${runtime})`, TMUX, async (t) => {
     const { ana, bo } = await joined(t, { runtime, columns: 120 });
     ana.paste("/msg bo secret\n");
     await ana.wait(/^Run the pasted "\/msg bo secret", or say it in #chat\? \(run\/say\/no\)$/m);
@@ -282,7 +303,7 @@ for (const runtime of ["binary", "deno"] as const) {
     await ana.wait(/Run the pasted "\/me waves" and 1 more command, or say all 4 pasted lines in #chat\?/);
     ana.enter("say");
     await bo.wait(/ :one\r\n.* :\/me waves\r\n.* :\/etc\/hosts\r\n.* :\/exit\r\n/);
-    await ana.wait(/^#chat> rest$/m); // it was put aside, and did not answer the question
+    await ana.wait(/^#chat> rest$/m); // the unfinished last line was put aside, and did not answer the question
     ana.keys("C-u");
     ana.paste("one\n/me waves\n/etc/hosts\n");
     await ana.wait(/or say all 3 pasted lines in #chat\? \(run\/say\/no\)$/);
@@ -292,7 +313,7 @@ for (const runtime of ["binary", "deno"] as const) {
   });
 }
 
-test("pasted lines are sent in order, and more than five only after a question", TMUX, async (t) => {
+test("pasted lines are sent in order, and more than five of them only after a confirmation", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   ana.paste("one\ntwo\nthree\nrest");
   await bo.wait(/ :one\r\n.* :two\r\n.* :three\r\n/);
@@ -316,7 +337,7 @@ test("pasted lines are sent in order, and more than five only after a question",
   assert.deepEqual(heard, many);
 });
 
-test("a paste into a line stays where the cursor is, and is one line in a command or an answer", TMUX, async (t) => {
+test("a paste is inserted at the cursor, and becomes a single line in a command and in an answer", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   ana.type("see  there");
   ana.keys(...Array.from("there ", () => "Left"));
@@ -342,32 +363,36 @@ test("a paste into a line stays where the cursor is, and is one line in a comman
 });
 
 for (const runtime of ["binary", "deno"] as const) {
-  test(`Ctrl-C cancels the question, or clears the line; with neither it leaves (${runtime})`, TMUX, async (t) => {
-    const { ana, bo } = await joined(t, { runtime });
-    ana.type("not what I meant");
-    await ana.wait(/meant$/);
-    ana.keys("C-c");
-    await ana.wait(/^#chat>$/m);
-    ana.enter("/password");
-    await ana.wait(/New password:$/);
-    ana.type("half");
-    ana.keys("C-c");
-    await ana.wait(/-- nothing is changed\n#chat>$/);
-    ana.enter("/password");
-    await ana.wait(/New password:$/);
-    ana.enter("whole");
-    await ana.wait(/The same again:$/);
-    ana.keys("C-d");
-    await ana.wait(/The same again:\n-- nothing is changed\n#chat>$/);
-    ana.enter("still here");
-    await bo.wait(/PRIVMSG #chat :still here\r\n/);
-    ana.keys("C-c");
-    await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
-    await ana.wait(/\[exit 0\]/);
-  });
+  test(
+    `Ctrl-C cancels a question or clears the line, and leaves where there is neither (${runtime})`,
+    TMUX,
+    async (t) => {
+      const { ana, bo } = await joined(t, { runtime });
+      ana.type("not what I meant");
+      await ana.wait(/meant$/);
+      ana.keys("C-c");
+      await ana.wait(/^#chat>$/m);
+      ana.enter("/password");
+      await ana.wait(/New password:$/);
+      ana.type("half");
+      ana.keys("C-c");
+      await ana.wait(/-- nothing is changed\n#chat>$/);
+      ana.enter("/password");
+      await ana.wait(/New password:$/);
+      ana.enter("whole");
+      await ana.wait(/The same again:$/);
+      ana.keys("C-d");
+      await ana.wait(/The same again:\n-- nothing is changed\n#chat>$/);
+      ana.enter("still here");
+      await bo.wait(/PRIVMSG #chat :still here\r\n/);
+      ana.keys("C-c");
+      await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
+      await ana.wait(/\[exit 0\]/);
+    },
+  );
 
   test(
-    `at the operator's console Ctrl-C clears the line, and a room that is not empty is stopped only when that is confirmed (${runtime})`,
+    `the operator's console clears the line at Ctrl-C, and asks again before it stops a server with members (${runtime})`,
     TMUX,
     async (t) => {
       for (const stop of ["C-c", "C-d", "/stop"]) {
@@ -393,14 +418,14 @@ for (const runtime of ["binary", "deno"] as const) {
   );
 }
 
-test("an empty room is stopped without a question", TMUX, async (t) => {
+test("a server without members stops at the first Ctrl-C", TMUX, async (t) => {
   const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"]);
   await server.wait(/\n>$/);
   server.keys("C-c");
   await server.wait(/stopping\n\[exit 0\]/);
 });
 
-test("Ctrl-C at the question for a nick or a password ends the program", TMUX, async (t) => {
+test("Ctrl-C at the question for a nick or a password ends the program with status 1", TMUX, async (t) => {
   const { port } = await serveHere(t);
   for (const [who, question] of [["", /Nick:$/], ["ana@", /Password:$/]] as const) {
     const ana = new Terminal(t, [BINARY, "join", `${who}127.0.0.1:${port}`]);
@@ -410,7 +435,7 @@ test("Ctrl-C at the question for a nick or a password ends the program", TMUX, a
   }
 });
 
-test("Tab completes nicks, commands and rooms, and goes on to the next", TMUX, async (t) => {
+test("Tab completes nicks, commands and rooms, and cycles through the candidates", TMUX, async (t) => {
   const { ana, bo, port } = await joined(t);
   await enter(t, port, "bob");
   await ana.wait(/bob joined/);
@@ -440,7 +465,7 @@ test("Tab completes nicks, commands and rooms, and goes on to the next", TMUX, a
   await ana.wait(/^#chat> zz$/m);
 });
 
-test("Up and Down bring back what was said", TMUX, async (t) => {
+test("the Up and Down keys recall the lines that were entered", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   ana.enter("first");
   ana.enter("second");
@@ -451,16 +476,38 @@ test("Up and Down bring back what was said", TMUX, async (t) => {
   await ana.wait(/^#chat> second$/m);
 });
 
-test("the slash commands do what they say", TMUX, async (t) => {
-  const { ana, bo, port } = await joined(t, { rows: 40 });
-  const cy = await enter(t, port, "cy");
+test("/help lists the slash commands, or shows one of them", TMUX, async (t) => {
+  const { ana } = await joined(t, { rows: 40 });
   ana.enter("/help");
   await ana.wait(/-- \/exit .*leave/);
   await ana.wait(/-- \/msg NICK TEXT/);
+  await ana.wait(/-- \/\/TEXT .*\n#chat>$/);
   ana.enter("/help msg");
   await ana.wait(/-- \/msg NICK TEXT .*\n#chat>$/);
-  ana.enter("/who");
-  await ana.wait(/-- 3 people in #chat: /);
+});
+
+test(
+  "an unknown slash command gets the nearest known one, an incomplete one its usage, and neither is sent",
+  TMUX,
+  async (t) => {
+    const { ana, bo } = await joined(t);
+    ana.enter("/tpoic");
+    await ana.wait(/-- there is no \/tpoic; did you mean \/topic\?/);
+    ana.enter("/msg");
+    await ana.wait(/-- \/msg NICK TEXT: /);
+    ana.enter("/constructor");
+    await ana.wait(/-- there is no \/constructor/);
+    ana.enter("//literally");
+    await bo.wait(/PRIVMSG #chat :\/literally\r\n/); // the slash that is doubled is said
+    assert.doesNotMatch(bo.all, /PRIVMSG \S+ :.*(tpoic|msg|constructor)/);
+  },
+);
+
+test("/msg sends a private message, and /r replies to the last one received", TMUX, async (t) => {
+  const { ana, bo, port } = await joined(t);
+  const cy = await enter(t, port, "cy");
+  ana.enter("/r too early");
+  await ana.wait(/-- nobody has written to you yet/);
   ana.enter("/msg cy psst");
   await cy.wait(/:ana!ana@chat PRIVMSG cy :psst\r\n/);
   await ana.wait(/^\d\d:\d\d ana > cy psst$/m);
@@ -468,70 +515,136 @@ test("the slash commands do what they say", TMUX, async (t) => {
   await ana.wait(/^\d\d:\d\d cy > ana yes\?$/m);
   ana.enter("/r nothing");
   await cy.wait(/PRIVMSG cy :nothing\r\n/);
+  await bo.sync();
+  assert.doesNotMatch(bo.all, /early|psst|nothing/);
+});
+
+test("/me sends an action, and /topic sets or shows the topic of the room", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
   ana.enter("/me waves");
   await bo.wait(/PRIVMSG #chat :\x01ACTION waves\x01\r\n/);
   await ana.wait(/^\d\d:\d\d \* ana waves$/m);
+  ana.enter("/topic");
+  await ana.wait(/-- #chat has no topic/);
   ana.enter("/topic what we do");
+  await bo.wait(/:ana!ana@chat TOPIC #chat :what we do\r\n/);
   await ana.wait(/-- ana set the topic of #chat: what we do/);
-  ana.enter("/join lab");
-  await ana.wait(/-- in #lab as ana; here: nobody else\n#lab>$/);
-  ana.enter("in the lab");
-  await ana.wait(/^\d\d:\d\d ana   in the lab$/m);
-  bo.send("PRIVMSG #chat :over here");
-  await ana.wait(/^\d\d:\d\d #chat bo    over here$/m);
-  ana.enter("/rooms");
-  await ana.wait(/-- #chat: 3 in it; what we do\n-- #lab: 1 in it/);
-  ana.enter("/join #chat");
-  await ana.wait(/\n#chat>$/);
-  ana.enter("/join #lab");
-  await ana.wait(/\n#lab>$/);
-  ana.enter("/part");
-  await ana.wait(/-- you left #lab\n#chat>$/);
-  ana.enter("/ignore bo");
-  await ana.wait(/-- bo is ignored/);
-  bo.send("PRIVMSG #chat :unheard");
-  cy.send("PRIVMSG #chat :heard");
-  await ana.wait(/cy    heard/);
-  assert.doesNotMatch(ana.screen(), /unheard/);
-  ana.enter("/ignore bo");
-  await ana.wait(/-- bo is heard again/);
-  ana.enter("/history 2");
-  await ana.wait(/bo    unheard\n\d\d:\d\d cy    heard\n#chat>$/);
-  ana.enter("//literally");
-  await bo.wait(/PRIVMSG #chat :\/literally\r\n/);
-  ana.enter("/tpoic");
-  await ana.wait(/-- there is no \/tpoic; did you mean \/topic\?/);
-  ana.enter("/msg");
-  await ana.wait(/-- \/msg NICK TEXT: /);
-  ana.enter("/tls");
-  await ana.wait(/-- TLSv1\.3, TLS_/);
-  ana.enter("/bell off");
-  await ana.wait(/-- the bell is off/);
-  ana.enter("/password");
-  for (const again of ["chagned", "changed"]) { // a slip, and it asks again
-    await ana.wait(/New password:$/);
-    ana.enter("changed");
-    await ana.wait(/The same again:$/);
-    ana.enter(again);
-  }
-  await ana.wait(/-- your password is changed/);
-  await enter(t, port, "ana", "", "changed");
-  ana.enter("/clear");
-  await ana.wait(/^#chat>$/);
-  ana.enter("/quit");
-  await ana.wait(/\[exit 0\]/);
+  ana.enter("/topic");
+  await ana.wait(/-- topic of #chat: what we do/);
 });
 
-test("being named is highlighted and rings the bell, unless it is off", TMUX, async (t) => {
+test(
+  "/join enters a room or turns to it, /rooms and /who list rooms and members, and /part leaves",
+  TMUX,
+  async (t) => {
+    const { ana, bo, port } = await joined(t, { rows: 40 });
+    await enter(t, port, "cy");
+    await ana.wait(/-- cy joined/);
+    ana.enter("/who");
+    await ana.wait(/-- 3 people in #chat: /);
+    ana.enter("/join lab");
+    await ana.wait(/-- in #lab as ana; here: nobody else\n#lab>$/);
+    ana.enter("in the lab");
+    await ana.wait(/^\d\d:\d\d ana   in the lab$/m);
+    bo.send("PRIVMSG #chat :over here");
+    await ana.wait(/^\d\d:\d\d #chat bo    over here$/m);
+    ana.enter("/rooms");
+    await ana.wait(/-- #chat: 3 in it\n-- #lab: 1 in it/);
+    ana.enter("/join #chat");
+    await ana.wait(/\n#chat>$/);
+    ana.enter("/join #lab");
+    await ana.wait(/\n#lab>$/);
+    ana.enter("/part");
+    await ana.wait(/-- you left #lab\n#chat>$/);
+    await bo.sync();
+    assert.doesNotMatch(bo.all, /in the lab/);
+  },
+);
+
+test(
+  "/ignore hides a member's messages until it is entered again, and /history shows them afterwards",
+  TMUX,
+  async (t) => {
+    const { ana, bo, port } = await joined(t);
+    const cy = await enter(t, port, "cy");
+    ana.enter("/ignore bo");
+    await ana.wait(/-- bo is ignored/);
+    bo.send("PRIVMSG #chat :unheard");
+    await cy.wait(/unheard/);
+    cy.send("PRIVMSG #chat :heard");
+    await ana.wait(/cy    heard/);
+    assert.doesNotMatch(ana.screen(), /unheard/);
+    ana.enter("/ignore bo");
+    await ana.wait(/-- bo is heard again/);
+    ana.enter("/history 2");
+    await ana.wait(/bo    unheard\n\d\d:\d\d cy    heard\n#chat>$/);
+  },
+);
+
+test("/tls describes the connection, and /clear empties the screen", TMUX, async (t) => {
+  const { ana } = await joined(t);
+  ana.enter("/tls");
+  await ana.wait(/-- TLSv1\.3, TLS_/);
+  await ana.wait(/-- trusted, because it is on this machine/);
+  ana.enter("/clear");
+  await ana.wait(/^#chat>$/);
+});
+
+test(
+  "/password asks until the same password was entered twice, and the account has it from then on",
+  TMUX,
+  async (t) => {
+    const { ana, bo, port } = await joined(t);
+    ana.enter("/password");
+    for (const repetition of ["newsceret", "newsecret"]) {
+      await ana.wait(/New password:$/);
+      ana.enter("newsecret");
+      await ana.wait(/The same again:$/);
+      ana.enter(repetition);
+    }
+    await ana.wait(/-- these were two different passwords/);
+    await ana.wait(/-- your password is changed/);
+    await enter(t, port, "ana", "", "newsecret");
+    await bo.sync();
+    assert.doesNotMatch(ana.screen({ history: true }) + bo.all, /newsecret|newsceret/);
+  },
+);
+
+for (const command of ["/exit", "/quit"]) {
+  test(`${command} sends QUIT and ends with status 0`, TMUX, async (t) => {
+    const { ana, bo } = await joined(t);
+    ana.enter(command);
+    await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
+    await ana.wait(/\[exit 0\]/);
+  });
+}
+
+test("a message that names the person is bold and rings the bell, unless /bell off was entered", TMUX, async (t) => {
+  const bellOf = (terminal: Terminal) => terminal.ask("#{window_bell_flag}");
   const { ana, bo } = await joined(t);
   bo.send("PRIVMSG #chat :nothing for bananas");
   await ana.wait(/bananas/);
-  assert.equal(ana.ask("#{window_bell_flag}"), "0");
+  assert.equal(bellOf(ana), "0");
   bo.send("PRIVMSG #chat :hello Ana, there");
   await ana.wait(/\x1b\[1mhello Ana, there/, { escapes: true });
+  bo.send("PRIVMSG #chat :the end");
+  await ana.wait(/the end/);
+  assert.equal(bellOf(ana), "1");
+  const silent = await joined(t);
+  silent.ana.enter("/bell off");
+  await silent.ana.wait(/-- the bell is off/);
+  silent.bo.send("PRIVMSG #chat :hello Ana, there", "PRIVMSG #chat :the end");
+  await silent.ana.wait(/\x1b\[1mhello Ana, there/, { escapes: true });
+  await silent.ana.wait(/the end/);
+  assert.equal(bellOf(silent.ana), "0");
+  silent.ana.enter("/bell on");
+  await silent.ana.wait(/-- the bell is on/);
+  silent.bo.send("PRIVMSG #chat :ana again", "PRIVMSG #chat :the very end");
+  await silent.ana.wait(/the very end/);
+  assert.equal(bellOf(silent.ana), "1");
 });
 
-test("nicks have colours, the same each time, and none if NO_COLOR is set", TMUX, async (t) => {
+test("a nick has the same colour each time, and none if NO_COLOR is set", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   bo.send("PRIVMSG #chat :one", "PRIVMSG #chat :two");
   await ana.wait(/two/);
@@ -539,13 +652,13 @@ test("nicks have colours, the same each time, and none if NO_COLOR is set", TMUX
     new RegExp(`\\x1b\\[(38;5;\\d+)mbo\\x1b\\[[^m]*m +${text}`).exec(ana.screen({ escapes: true }))?.[1];
   assert.ok(colour("one"));
   assert.equal(colour("one"), colour("two"));
-  const plainly = await joined(t, { env: { NO_COLOR: "1" } });
-  plainly.bo.send("PRIVMSG #chat :one");
-  await plainly.ana.wait(/one/);
-  assert.doesNotMatch(plainly.ana.screen({ escapes: true }), /\x1b\[/);
+  const colourless = await joined(t, { env: { NO_COLOR: "1" } });
+  colourless.bo.send("PRIVMSG #chat :one");
+  await colourless.ana.wait(/one/);
+  assert.doesNotMatch(colourless.ana.screen({ escapes: true }), /\x1b\[/);
 });
 
-test("the last fifty messages are shown on joining, dimmed, before the welcome", TMUX, async (t) => {
+test("the last fifty messages are shown dimmed on joining, before the welcome", TMUX, async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   for (let at = 1; at <= 60; at++) bo.send(`PRIVMSG #chat :old ${at}.`);
@@ -558,18 +671,22 @@ test("the last fifty messages are shown on joining, dimmed, before the welcome",
   assert.match(ana.screen({ escapes: true }), /\x1b\[2mold 60\./);
 });
 
-test("Ctrl-C and Ctrl-D leave politely, and leave the terminal as it was", TMUX, async (t) => {
-  for (const key of ["C-c", "C-d"]) {
-    const { ana, bo } = await joined(t);
-    ana.keys(key);
-    await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
-    await ana.wait(/\[exit 0\]/);
-    ana.enter("echoed");
-    await ana.wait(/echoed\nechoed$/);
-  }
-});
+test(
+  "Ctrl-C and Ctrl-D on an empty line send QUIT, end with status 0, and restore the terminal's mode",
+  TMUX,
+  async (t) => {
+    for (const key of ["C-c", "C-d"]) {
+      const { ana, bo } = await joined(t);
+      ana.keys(key);
+      await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
+      await ana.wait(/\[exit 0\]/);
+      ana.enter("echoed");
+      await ana.wait(/echoed\nechoed$/);
+    }
+  },
+);
 
-test("Ctrl-Z stops it, and what was typed is there again after fg", TMUX, async (t) => {
+test("Ctrl-Z suspends the program, and the half-typed line is there again after fg", TMUX, async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   const shell = `${BINARY} join ana@127.0.0.1:${port}; echo stopped; read go; fg`;
@@ -585,7 +702,7 @@ test("Ctrl-Z stops it, and what was typed is there again after fg", TMUX, async 
   await bo.wait(/PRIVMSG #chat :half a line\r\n/);
 });
 
-test("who leaves the last room is told so, and can still write to people", TMUX, async (t) => {
+test("a person without a room gets a hint instead of sending, and can still send private messages", TMUX, async (t) => {
   const { ana, bo } = await joined(t);
   ana.enter("/part");
   await bo.wait(/:ana!ana@chat PART #chat/);
@@ -598,45 +715,53 @@ test("who leaves the last room is told so, and can still write to people", TMUX,
   assert.doesNotMatch(await bo.sync(), /anybody/);
 });
 
-test("a server that goes is noticed, what is typed waits and is sent when there is one again", TMUX, async (t) => {
-  const secret = { CHAT_SECRET: "0123456789abcdefghijklmnop" };
-  const first = await serveProcess(t, [], { env: secret });
-  const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${first.port}`], { env: { CHAT_PASSWORD: "x" } });
-  await ana.wait(/Welcome/);
-  ana.type("half");
-  first.child.kill("SIGKILL");
-  await ana.wait(/-- connection lost: .*\n\[offline\] #chat> half$/);
-  ana.enter(" a line");
-  await ana.wait(/\n\[offline, 1 waiting\] #chat>$/);
-  await first.ended;
-  const second = await serveProcess(t, [], { env: secret, address: `127.0.0.1:${first.port}` });
-  ana.enter("/reconnect");
-  await ana.wait(/-- the server has forgotten the account ana; told it again\n/);
-  await ana.wait(/^\d\d:\d\d ana   half a line\n#chat>$/m);
-  second.child.kill("SIGKILL");
-  await second.ended;
-  await serveProcess(t, [], { address: `127.0.0.1:${first.port}` });
-  ana.enter("/reconnect");
-  await ana.wait(/chat: this server has the key .*\n[^]*\[exit 3\]/);
-});
+test(
+  "lines that are entered while the server is down wait, and are sent after the reconnect, to the same key only",
+  TMUX,
+  async (t) => {
+    const secret = { CHAT_SECRET: "0123456789abcdefghijklmnop" };
+    const first = await serveProcess(t, [], { env: secret });
+    const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${first.port}`], { env: { CHAT_PASSWORD: "x" } });
+    await ana.wait(/Welcome/);
+    ana.type("half");
+    first.child.kill("SIGKILL");
+    await ana.wait(/-- connection lost: .*\n\[offline\] #chat> half$/);
+    ana.enter(" a line");
+    await ana.wait(/\n\[offline, 1 waiting\] #chat>$/);
+    await first.ended;
+    const second = await serveProcess(t, [], { env: secret, address: `127.0.0.1:${first.port}` });
+    ana.enter("/reconnect");
+    await ana.wait(/-- the server has forgotten the account ana; registered it again\n/);
+    await ana.wait(/^\d\d:\d\d ana   half a line\n#chat>$/m);
+    second.child.kill("SIGKILL");
+    await second.ended;
+    await serveProcess(t, [], { address: `127.0.0.1:${first.port}` });
+    ana.enter("/reconnect");
+    await ana.wait(/chat: this server has the key .*\n[^]*\[exit 3\]/);
+  },
+);
 
-test("while the server is gone so many lines wait, and what is more is told to be dropped", TMUX, async (t) => {
-  const server = await serveProcess(t);
-  const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${server.port}`], { env: { CHAT_PASSWORD: "x" } });
-  await ana.wait(/Welcome/);
-  server.child.kill("SIGKILL");
-  await ana.wait(/\n\[offline\] #chat>$/);
-  ana.paste("line\n".repeat(501));
-  await ana.wait(/-- 501 lines are too many, with 0 waiting to be sent; nothing of it is sent\n\[offline\] #chat>$/);
-  ana.paste("line\n".repeat(500));
-  await ana.wait(/Send these 500 lines\? \(yes\/no\)$/);
-  ana.enter("yes");
-  await ana.wait(/\n\[offline, 500 waiting\] #chat>$/);
-  ana.enter("one more");
-  await ana.wait(/-- too much waits; dropped\n\[offline, 500 waiting\] #chat>$/);
-});
+test(
+  "at most 500 lines wait while the client is offline, and further ones are dropped with a message",
+  TMUX,
+  async (t) => {
+    const server = await serveProcess(t);
+    const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${server.port}`], { env: { CHAT_PASSWORD: "x" } });
+    await ana.wait(/Welcome/);
+    server.child.kill("SIGKILL");
+    await ana.wait(/\n\[offline\] #chat>$/);
+    ana.paste("line\n".repeat(501));
+    await ana.wait(/-- 501 lines are too many, with 0 waiting to be sent; nothing of it is sent\n\[offline\] #chat>$/);
+    ana.paste("line\n".repeat(500));
+    await ana.wait(/Send these 500 lines\? \(yes\/no\)$/);
+    ana.enter("yes");
+    await ana.wait(/\n\[offline, 500 waiting\] #chat>$/);
+    ana.enter("one more");
+    await ana.wait(/-- too much waits; dropped\n\[offline, 500 waiting\] #chat>$/);
+  },
+);
 
-test("the operator's console shows the log and takes orders", TMUX, async (t) => {
+test("the operator's console shows the log and runs commands", TMUX, async (t) => {
   const server = new Terminal(t, [BINARY, "serve", "127.0.0.1:0"], { columns: 200 });
   const [, port] = await server.wait(/join 127\.0\.0\.1:(\d+)\//);
   await server.wait(/\n>$/);
@@ -684,28 +809,31 @@ test("plain mode writes each line once, without colour, and hides the password",
   }
 });
 
-test("a person compares the key of a server that nobody vouches for", TMUX, async (t) => {
-  const server = await serveProcess(t, [], { address: "0.0.0.0:0" });
-  const ask = () => {
-    // An address of this machine that is not written as loopback.
-    const ana = new Terminal(t, [BINARY, "join", `ana@0.0.0.0:${server.port}`], {
-      columns: 200,
-      env: { CHAT_PASSWORD: "x" },
-    });
-    return ana;
-  };
-  const right = ask();
-  await right.wait(
-    /The certificate of 0\.0\.0\.0 leads to no root that is trusted here\. Which two groups end the key on the server's screen\?$/,
-  );
-  right.enter(server.pin.slice(-9).toUpperCase());
-  await right.wait(/Welcome/);
-  const wrong = ask();
-  await wrong.wait(/screen\?$/);
-  wrong.enter("aaaa-bbbb");
-  await wrong.wait(/chat: that is not how the key of this server ends\nchat: hint: .*\n\[exit 3\]/);
-  const lazy = ask();
-  await lazy.wait(/screen\?$/);
-  lazy.enter("yes");
-  await lazy.wait(/\[exit 3\]/);
-});
+test(
+  "a person compares the key of a server that no trusted root verifies, and a wrong answer ends with status 3",
+  TMUX,
+  async (t) => {
+    const server = await serveProcess(t, [], { address: "0.0.0.0:0" });
+    const ask = () => {
+      // An address of this machine that is not written as loopback.
+      return new Terminal(t, [BINARY, "join", `ana@0.0.0.0:${server.port}`], {
+        columns: 200,
+        env: { CHAT_PASSWORD: "x" },
+      });
+    };
+    const right = ask();
+    await right.wait(
+      /The certificate of 0\.0\.0\.0 leads to no root that is trusted here\. Which two groups end the key on the server's screen\?$/,
+    );
+    right.enter(server.pin.slice(-9).toUpperCase());
+    await right.wait(/Welcome/);
+    const wrong = ask();
+    await wrong.wait(/screen\?$/);
+    wrong.enter("aaaa-bbbb");
+    await wrong.wait(/chat: that is not how the key of this server ends\nchat: hint: .*\n\[exit 3\]/);
+    const lazy = ask();
+    await lazy.wait(/screen\?$/);
+    lazy.enter("yes");
+    await lazy.wait(/\[exit 3\]/);
+  },
+);
