@@ -1369,6 +1369,7 @@ export class Session implements Reader, Visitor {
   active: number;
   pingedAt = 0; // when it was sent a PING that it has not answered; 0 if it was not
   closed = false;
+  #reply: Reply | undefined; // to the line that is being executed
   constructor(host: Host, peer: Peer) {
     this.#host = host;
     this.#peer = peer;
@@ -1408,7 +1409,7 @@ export class Session implements Reader, Visitor {
   /** Executes a line. An error in doing so ends this session, and nothing else. */
   run(split: Split): void | Promise<void> {
     const line = parse("text" in split ? split.text : "");
-    const reply = new Reply(this, line.tags);
+    const reply = this.#reply = new Reply(this, line.tags);
     try {
       if ("fault" in split) {
         if (split.fault === "NUL") return this.close("That is not text");
@@ -1417,7 +1418,7 @@ export class Session implements Reader, Visitor {
       }
       if (line.command !== "PING" && line.command !== "PONG") this.active = this.#host.clock.now();
       const running = this.#host.execute(this, line, reply);
-      if (running) return running.then(() => reply.end(), (error: unknown) => this.#failed(error));
+      if (running) return running.then(() => reply.end()).catch((error: unknown) => this.#failed(error));
       reply.end();
     } catch (error) {
       this.#failed(error);
@@ -1452,6 +1453,7 @@ export class Session implements Reader, Visitor {
   /** Closes the connection and says why; `atOnce` if that would not be read. */
   close(reason: string, atOnce = false): void {
     if (this.closed) return;
+    this.#reply?.end();
     this.reply(format("ERROR", [reason]));
     this.#end(reason, true, atOnce);
   }
@@ -1833,7 +1835,8 @@ function welcome({ server, session, reply }: Context, member: Member, realName: 
   greet(server, session, reply);
   for (const room of member.rooms) { // a further connection, or one that reconnects
     const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
-    reply.line(format("JOIN", params, sourceOf(member.nick)));
+    const time: Tag = ["time", new Date(server.clock.wall()).toISOString()];
+    reply.line(format("JOIN", params, sourceOf(member.nick)), session.has("server-time") ? [time] : []);
     replyWithRoom(reply, room);
   }
   if (arrives) server.join(member, server.lobby, reply);
@@ -2289,8 +2292,7 @@ function handleInfo({ reply }: MemberContext): void {
 const handlePing = ({ params: [token = ""], reply }: Context) => reply.server("PONG", SERVER, token);
 const handleVersion = ({ reply }: Context) => reply.numeric("351", `chat-${VERSION}`, SERVER, "IRC over TLS 1.3");
 
-function handleQuit({ session, params: [why], reply }: Context): void {
-  reply.end();
+function handleQuit({ session, params: [why] }: Context): void {
   session.close(why ? `Quit: ${cut(why, LIMITS.text)}` : "Quit");
 }
 
@@ -2529,6 +2531,7 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   const fill = filler ??= Buffer.alloc(socket.readableHighWaterMark);
   let flowing = true;
   let textBytes = 0; // on the socket that brought text: Node emits a chunk for each record, Deno for several
+  let isMerged = false; // a chunk is, of all records that came while the socket was paused
   let silentBytes = 0; // on the socket that brought none: of handshakes, KeyUpdates and empty records
   const silent = new RateLimit(server.clock, LIMITS.silentBytes, LIMITS.silentBurst);
   const session = server.open({
@@ -2539,11 +2542,13 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
     },
     pending: () => socket.writableLength,
     read(wanted) {
-      if (wanted === flowing || isDeno) return;
+      if (wanted === flowing || isDeno || socket.readableEnded) return;
       flowing = wanted;
       if (!wanted) return void socket.pause().unshift(fill);
       socket.read(fill.length);
-      socket.read(Math.min(socket.readableLength, fill.length)); // what has come meanwhile, as one chunk
+      isMerged = true;
+      socket.read(Math.min(socket.readableLength, fill.length)); // emits what has come meanwhile
+      isMerged = false;
       if (flowing) socket.resume();
     },
     end(atOnce) {
@@ -2557,7 +2562,8 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   socket.on("data", (chunk: Buffer) => {
     if (chunk.buffer === fill.buffer) return;
     explain?.(`${who} read ${recorded(chunk.length)}`);
-    textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD;
+    const records = isMerged ? Math.max(1, chunk.filter((byte) => byte === LF).length) : 1; // about one for each line
+    textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD * records;
     session.receive(chunk);
   });
   socket.on("end", () => session.received());
@@ -2812,6 +2818,7 @@ abstract class PersonalUi implements Ui {
   readonly #closeEditor: () => void; // readline calls its own `close` at Ctrl-D, which ends nothing here
   #isGone = false; // the terminal
   #answer: ((text: string | undefined) => void) | undefined;
+  #asked: Promise<string | undefined> | undefined; // one question at a time
   #events: UiEvents | undefined;
   #accepts = false;
   #early: { readonly lines: readonly string[]; readonly how: Input }[] = []; // entered before lines were accepted
@@ -2834,6 +2841,13 @@ abstract class PersonalUi implements Ui {
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt());
     editor.on("SIGCONT", () => editor.resume()); // it has paused, and relies on a prompt of its own to go on
+    takePastes(process.stdin, (text) => this.#paste(text));
+    this.#markPastes(true);
+    editor.on("SIGCONT", () => this.#markPastes(true));
+  }
+  /** Has the terminal put marks around pastes, or no longer. */
+  #markPastes(on: boolean): void {
+    if (environment("TERM") !== "dumb") write(process.stdout, on ? BRACKETED_PASTE.on : BRACKETED_PASTE.off);
   }
   /** How many colours there are: 0, 16 or 256. */
   protected abstract readonly colours: number;
@@ -2850,6 +2864,7 @@ abstract class PersonalUi implements Ui {
     this.#events = events;
   }
   acceptLines(): void {
+    if (this.#accepts) return;
     this.#accepts = true;
     const early = this.#early.splice(0);
     if (early.length && this.#hasHidden) return this.note(clean("what you typed before you were in is not sent"));
@@ -2882,6 +2897,14 @@ abstract class PersonalUi implements Ui {
   clear(): void {}
   /** A line that is half typed, or the rest of a paste, is no answer: it is put aside during the question. */
   async ask(question: Clean, hidden = false): Promise<string | undefined> {
+    while (this.#asked) await this.#asked;
+    try {
+      return await (this.#asked = this.#ask(question, hidden));
+    } finally {
+      this.#asked = undefined;
+    }
+  }
+  async #ask(question: Clean, hidden: boolean): Promise<string | undefined> {
     if (this.closed) return undefined;
     this.#hasHidden ||= hidden;
     const typed = this.#early.findIndex(({ how }) => how === "typed");
@@ -2897,6 +2920,7 @@ abstract class PersonalUi implements Ui {
   }
   close(): void {
     this.closed = true;
+    this.#markPastes(false);
     this.#closeEditor();
   }
   protected get columns(): number {
@@ -2917,6 +2941,23 @@ abstract class PersonalUi implements Ui {
   protected enter(lines: readonly string[], how: Input): void {
     if (this.#accepts) this.#events?.onLines(lines, how);
     else this.#early.push({ lines, how });
+  }
+  /**
+   * A paste's lines are entered, except for the last if no line break follows it. In an answer, or in a command that is
+   * half typed, a paste is a part of that one line: what was meant for one person must not be said to everybody.
+   */
+  #paste(pasted: string): void {
+    const text = pasted.replace(/\r\n?/g, "\n").replace(/[^\P{Cc}\t\n]/gu, "");
+    const { line, cursor } = this.editor;
+    const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
+    if (this.question || before.startsWith("/") || !text.includes("\n")) {
+      const inserted = before + text.replace(/\n+$/, "").replaceAll("\n", " ");
+      return this.edit(inserted + after, inserted.length);
+    }
+    const lines = (before + text).split("\n");
+    const last = lines.pop() ?? "";
+    this.edit(last + after, last.length);
+    this.enter(lines, "pasted");
   }
   #entered(line: string): void {
     const answer = this.#answer;
@@ -2979,6 +3020,7 @@ class PipeUi implements Ui {
     this.#events = events;
   }
   acceptLines(): void {
+    if (this.#accepts) return;
     this.#accepts = true;
     this.holdInput(false);
     for (const line of this.#early.splice(0)) this.#enter(line);
@@ -3033,14 +3075,9 @@ class TerminalUi extends PersonalUi {
   #completion: { readonly options: readonly string[]; readonly next: number } | undefined;
   constructor() {
     super();
-    write(process.stdout, BRACKETED_PASTE.on);
-    takePastes(process.stdin, (text) => this.#paste(text));
     process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
     process.stdout.on("resize", () => this.redraw());
-    this.editor.on("SIGCONT", () => {
-      write(process.stdout, BRACKETED_PASTE.on);
-      this.redraw();
-    });
+    this.editor.on("SIGCONT", () => this.redraw());
   }
   override setPrompt(prompt: Clean): void {
     this.#prompt = prompt;
@@ -3054,7 +3091,6 @@ class TerminalUi extends PersonalUi {
   override close(): void {
     if (this.closed) return;
     this.#draw(false);
-    write(process.stdout, BRACKETED_PASTE.off);
     super.close();
   }
   protected echo(): void {} // the line is drawn here
@@ -3067,23 +3103,6 @@ class TerminalUi extends PersonalUi {
     const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
     const [first = "", ...rest] = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
     this.#print([head + first, ...rest.map((row) => " ".repeat(indent) + row)]);
-  }
-  /**
-   * A paste's lines are entered, except for the last if no line break follows it. In an answer, or in a command that is
-   * half typed, a paste is a part of that one line: what was meant for one person must not be said to everybody.
-   */
-  #paste(pasted: string): void {
-    const text = pasted.replace(/\r\n?/g, "\n").replace(/[^\P{Cc}\t\n]/gu, "");
-    const { line, cursor } = this.editor;
-    const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
-    if (this.question || before.startsWith("/") || !text.includes("\n")) {
-      const inserted = before + text.replace(/\n+$/, "").replaceAll("\n", " ");
-      return this.edit(inserted + after, inserted.length);
-    }
-    const lines = (before + text).split("\n");
-    const last = lines.pop() ?? "";
-    this.edit(last + after, last.length);
-    this.enter(lines, "pasted");
   }
   #pressed(key?: { name?: string; ctrl?: boolean }): void {
     const { line, cursor } = this.editor;
@@ -3439,7 +3458,8 @@ class Login {
     // A client without draft/chathistory is sent the private messages that it missed: the first time, that is wanted.
     const isLater = (name: Cap) => name === "draft/chathistory" && !this.isReturning;
     link.send("CAP", ["REQ", WANTED_CAPS.filter((name) => offered.has(name) && !isLater(name)).join(" ")]);
-    const { params: [, answer] } = await link.next(/^CAP$/);
+    let answer: string | undefined; // CAP DEL and NEW may come in between
+    while (answer !== "ACK" && answer !== "NAK") answer = (await link.next(/^CAP$/)).params[1];
     if (answer !== "ACK") throw new Fault(`${host}:${port} does not keep to what it offers`, "is it a chat server?");
   }
   /** Sends the nick and proves to know the password, after asking for what is missing. @returns whether it is in */
@@ -3508,8 +3528,7 @@ class Login {
   }
   /** Registers the nick with a verifier: the password itself stays here. */
   async #register(link: Link): Promise<void> {
-    if (this.isReturning) this.#note(`the server has forgotten the account ${this.nick}; registered it again`);
-    else if (this.#options.password === undefined) {
+    if (!this.isReturning && this.#options.password === undefined) {
       const question = `No account ${this.nick} here yet. The same password again registers it: `;
       if (await this.#ask(link, question, "", true) !== this.#password) {
         this.#password = undefined;
@@ -3521,6 +3540,7 @@ class Login {
     link.send("REGISTER", ["*", "*", formatVerifier(verifierOf(this.keys))]);
     const line = await link.next(/^(REGISTER|FAIL)$/);
     if (line.params[0] === "SUCCESS") {
+      if (this.isReturning) this.#note(`the server has forgotten the account ${this.nick}; registered it again`);
       return this.#explain("registered: the server keeps a verifier, and did not get the password");
     }
     if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by this client, before the connection broke
@@ -3679,6 +3699,11 @@ const MAX_TIME = Date.UTC(9999, 0); // beyond, times have another form
 const PRESENCE_MS = 300; // within which people who join and leave are shown together
 
 const nickOf = ({ source }: Line) => clean(source.split("!")[0] ?? "");
+/** When a line was sent, by the server's clock. */
+function timeOf({ tags }: Line, clock: Clock): number {
+  const stamp = Date.parse(tags.get("time") ?? "");
+  return stamp > 0 && stamp < MAX_TIME ? stamp : clock.wall();
+}
 const listed = (names: readonly string[], most: number) =>
   names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
 
@@ -3689,6 +3714,7 @@ class Conversation {
   cursor: { readonly id: string; readonly time: number } | undefined; // the last message shown
   /** Pages are loaded: the latest one, or those after the cursor. Meanwhile messages are held. */
   state: "absent" | "live" | "latest page" | "page after cursor" | "next page" = "absent";
+  joinedAt = 0; // by the server's clock
   topic = "";
   isGreeted = false; // its welcome was shown
   readonly held: Line[] = [];
@@ -3728,8 +3754,7 @@ class Transcript {
   /** Shows a message, unless it was shown before, and rings if it is for this person. */
   show(line: Line, how: Shown, room: Conversation | undefined, current: Conversation | undefined): void {
     const { source, tags, params: [target = "", raw = ""] } = line;
-    const stamp = Date.parse(tags.get("time") ?? "");
-    const time = stamp > 0 && stamp < MAX_TIME ? stamp : this.#clock.wall();
+    const time = timeOf(line, this.#clock);
     if (this.#markShown(tags.get("msgid"), time, room) && how !== "again") return;
     const nick = nickOf(line);
     const isAction = raw.startsWith("\x01ACTION ");
@@ -3754,7 +3779,7 @@ class Transcript {
   /** Notes that a message is shown. @returns whether it was shown before */
   #markShown(id: string | undefined, time: number, room: Conversation | undefined): boolean {
     if (id && this.#shown.has(id)) return true;
-    if (id && room) room.cursor = { id, time };
+    if (id && room && time >= (room.cursor?.time ?? 0)) room.cursor = { id, time };
     this.latest = Math.max(this.latest, time);
     if (id) this.#shown.add(id);
     const [oldest = ""] = this.#shown;
@@ -3787,6 +3812,7 @@ class Transcript {
     this.#cancelPresence();
   }
   #showPresence(): void {
+    this.#cancelPresence();
     const texts = (["joined", "left"] as const).map((how) => {
       const nicks = [...this.#changes.keys()].filter((nick) => this.#changes.get(nick) === how);
       return nicks.length && `${listed(nicks, 5)} ${how}`;
@@ -3801,7 +3827,6 @@ class Conversations {
   current: Conversation | undefined; // the one being talked in
   wanted = ""; // the room to talk in once it has been joined
   readonly #transcript: Transcript;
-  readonly #clock: Clock;
   readonly #sendRequest: (params: readonly string[]) => void;
   readonly #batches = new Map<string, { readonly target: string; readonly lines: Line[] }>(); // pages of history
   #pageSize: number = LIMITS.chathistory; // messages that the server gives at once
@@ -3809,9 +3834,8 @@ class Conversations {
   #hasJoined = false;
   #requests = 0; // for history that has not come yet
   /** @param sendRequest sends a CHATHISTORY with these parameters */
-  constructor(transcript: Transcript, clock: Clock, sendRequest: (params: readonly string[]) => void) {
+  constructor(transcript: Transcript, sendRequest: (params: readonly string[]) => void) {
     this.#transcript = transcript;
-    this.#clock = clock;
     this.#sendRequest = sendRequest;
   }
 
@@ -3845,14 +3869,14 @@ class Conversations {
   /** There is a connection. After a reconnect the server is asked who has sent private messages meanwhile. */
   connected(isReturning: boolean): void {
     if (isReturning) {
-      const future = new Date(this.#clock.wall() + 86_400_000).toISOString();
-      this.#request("TARGETS", this.#since, `timestamp=${future}`);
+      this.#request("TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`);
     }
-    this.#completeUntil ||= this.#clock.wall();
   }
   /** The client has joined a room. A cursor at the present keeps what was said before from being loaded. */
-  joined(name: string, wantsHistory: boolean): void {
+  joined(name: string, time: number, wantsHistory: boolean): void {
     const room = this.find(name) ?? new Conversation(name);
+    this.#completeUntil ||= time; // by the server's clock, which need not agree with ours
+    room.joinedAt = time;
     this.rooms.set(fold(name), room);
     this.#hasJoined = true;
     room.nicks.clear();
@@ -3865,7 +3889,7 @@ class Conversations {
       room.state = "latest page";
       this.#request("LATEST", name, "*");
     } else {
-      room.cursor = { id: "", time: this.#transcript.latest || this.#clock.wall() };
+      room.cursor = { id: "", time };
       room.state = "live";
     }
     if (this.wanted ? fold(this.wanted) === fold(name) : !this.current) {
@@ -3915,8 +3939,16 @@ class Conversations {
     return true;
   }
   #request(...params: readonly string[]): void {
+    this.#send(params, this.#pageSize);
+  }
+  #send(params: readonly string[], limit: number): void {
     this.#requests++;
-    this.#sendRequest([...params, String(this.#pageSize)]);
+    this.#sendRequest([...params, String(limit)]);
+  }
+  /** Asks for the latest messages of a room because the person wants to see them. @returns false if it is loading */
+  requestLatest(room: Conversation, limit: number): boolean {
+    if (!room.isLoading) this.#send(["LATEST", room.name, "*"], limit);
+    return !room.isLoading;
   }
   /** Since when private messages may have been missed. Those of that very millisecond come once more. */
   get #since(): string {
@@ -3950,6 +3982,7 @@ class Conversations {
   }
   #becomeLive(room: Conversation): void {
     room.state = "live";
+    room.cursor ??= { id: "", time: room.joinedAt };
     this.#transcript.entered(room, this.rooms.size === 1);
     for (const line of room.held.splice(0)) this.#show(line, "new");
   }
@@ -4031,7 +4064,7 @@ class Client implements ConnectionEvents {
     this.#login = new Login(options);
     this.connection = new Connection(options, this.#login, this);
     this.transcript = new Transcript(ui, clock, this.#login);
-    this.conversations = new Conversations(this.transcript, clock, (params) => this.link?.send("CHATHISTORY", params));
+    this.conversations = new Conversations(this.transcript, (params) => this.link?.send("CHATHISTORY", params));
     this.conversations.wanted = room;
   }
   /** Stays in the chat until the person leaves, or all input was sent. @returns the exit status */
@@ -4106,7 +4139,9 @@ class Client implements ConnectionEvents {
     const { link, room } = this;
     const mayTalk = room ? room.state !== "absent" : this.conversations.isRoomless;
     if (link && mayTalk) this.#queue.pump(link, this.defaultTarget);
-    if (this.#inputEnded && this.#login.isReturning && !this.waiting && room) return this.connection.leave();
+    if (this.#inputEnded && this.#login.isReturning && !this.waiting && (room || this.conversations.isRoomless)) {
+      return this.connection.leave();
+    }
     const isOnline = link && mayTalk;
     const waiting = this.waiting > (isOnline ? 20 : 0) ? `${this.waiting} waiting` : ""; // a few are always in flight
     const state = [this.#login.isReturning && !isOnline && "offline", waiting].filter(Boolean).join(", ");
@@ -4115,6 +4150,11 @@ class Client implements ConnectionEvents {
 
   // ---- What the person does
 
+  /** Sends a command now, or says that it cannot. */
+  request(command: string, ...params: readonly string[]): void {
+    if (this.link) this.link.send(command, params);
+    else this.note("not connected");
+  }
   inputEnded(): void {
     this.#inputEnded = true;
     this.#progressAt = this.#options.clock.now();
@@ -4137,6 +4177,7 @@ class Client implements ConnectionEvents {
   /** Enters a room, or turns to it if the client is in it already. */
   talkIn(name: string): void {
     const room = this.conversations.find(name);
+    if (!isRoom(name)) return this.note(`${name} is not a valid name of a room`);
     if (room) this.conversations.current = room;
     else {
       this.conversations.wanted = name;
@@ -4158,7 +4199,7 @@ class Client implements ConnectionEvents {
       case "NOTICE":
         return conversations.message(line);
       case "JOIN":
-        if (isOwn) return conversations.joined(first, this.ui.hasPerson);
+        if (isOwn) return conversations.joined(first, timeOf(line, this.#options.clock), this.ui.hasPerson);
         return room && conversations.presence(room, nick, "joined");
       case "PART":
         if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
@@ -4226,8 +4267,8 @@ export const SLASH: Table<SlashCommand> = {
   }),
   msg: row("NICK TEXT", "say something to one person", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
-    if (text) client.say(nick, text);
-    else client.note("/msg NICK TEXT: say what?");
+    if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
+    else client.note(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
   }),
   r: row("TEXT", "answer who wrote to you last", (client, rest) => {
     const { correspondent } = client.transcript;
@@ -4238,16 +4279,19 @@ export const SLASH: Table<SlashCommand> = {
   join: row("#ROOM", "enter a room, or turn to it", (client, rest) => {
     client.talkIn(rest.replace(/^#?/, "#").replace(/ .*/, ""));
   }),
-  part: row("", "leave this room", ({ link, room }) => room && link?.send("PART", [room.name])),
+  part: row("", "leave this room", (client) => client.room && client.request("PART", client.room.name)),
   topic: row("[TEXT]", "show or set the room's topic", (client, rest) => {
-    const { link, room } = client;
+    const { room } = client;
     if (!room) return client.note("you are in no room");
-    if (rest) return link?.send("TOPIC", [room.name, rest]);
+    if (rest) return client.request("TOPIC", room.name, rest);
     client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
   }),
-  rooms: row("", "list the rooms", ({ link }) => link?.send("LIST", [])),
-  history: row("[N]", "show what was said, N lines of it", ({ link, room }, rest) => {
-    link?.send("CHATHISTORY", ["LATEST", room?.name ?? "*", "*", String(Number(rest) || HISTORY_SHOWN)]);
+  rooms: row("", "list the rooms", (client) => client.request("LIST")),
+  history: row("[N]", "show what was said, N lines of it", (client, rest) => {
+    const { link, room, conversations } = client;
+    if (!link || !room) return client.note(link ? "you are in no room" : "not connected");
+    const isAsked = conversations.requestLatest(room, Number(rest) || HISTORY_SHOWN);
+    if (!isAsked) client.note("the history is being loaded");
   }),
   ignore: row("NICK", "hide what somebody says, or show it again", ({ transcript }, rest) => {
     const wasHidden = transcript.ignored.delete(fold(rest));
@@ -4292,6 +4336,7 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
 const isCommand = (text: string) => rowOf(SLASH, /^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 async function changePassword(client: Client): Promise<void> {
+  if (!client.link) return client.note("not connected");
   const password = await client.ui.ask(clean("New password: "), true);
   const again = password && await client.ui.ask(clean("The same again: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
@@ -4300,7 +4345,7 @@ async function changePassword(client: Client): Promise<void> {
     return changePassword(client);
   }
   client.newKeys = await deriveKeys(password);
-  client.link?.send("PASS", [formatVerifier(verifierOf(client.newKeys))]);
+  client.request("PASS", formatVerifier(verifierOf(client.newKeys)));
 }
 
 /** What could stand in place of the text before the cursor: with its last word completed. */
@@ -4345,7 +4390,7 @@ export async function join(options: JoinOptions): Promise<number> {
   const leave = () => client.connection.leave();
   options.signal?.addEventListener("abort", leave);
   options.ui.listen({
-    onLines: (lines, how) => void enter(client, lines.filter((line) => line.trim()), how),
+    onLines: (lines, how) => void enter(client, lines.filter((line) => how === "text" ? line : line.trim()), how),
     onEnd: () => client.inputEnded(),
     onLeave: leave,
     onGone: leave,

@@ -669,6 +669,15 @@ test("a server that stops does not wait for a client that does not read", async 
   await bo.wait(/ERROR :The server is stopping\r\n/);
 });
 
+test("records that come while a member is paused count as text, however small they are", async (t) => {
+  const { port } = await serveProcess(t, ["--rate", "300"]);
+  const irc = await enter(t, port, "ana");
+  const count = 2500; // more than the burst, and then three seconds' units
+  for (let at = 0; at < count; at++) await new Promise((sent) => irc.socket.write(`PING ${at}\r\n`, sent));
+  await irc.wait(new RegExp(`PONG chat\\.server ${count - 1}\r\n`));
+  await irc.sync();
+});
+
 for (const runtime of ["binary", "deno"] as const) {
   test(`a flooding client is slowed down or disconnected, and another member is served meanwhile (${runtime})`, async (t) => {
     const server = await serveProcess(t, [], { runtime });

@@ -1221,3 +1221,15 @@ test("history is limited in bytes, and the log longest without a message loses i
   assert.equal(kept[0], 0);
   assert.ok(Math.abs((kept[1] ?? 0) - chat.LIMITS.historyBytes / 200_500) < 2);
 });
+
+test("a labelled reply is sent although its line ends the connection", async (t) => {
+  const { port } = await serveHere(t);
+  await enter(t, port, "ana");
+  const irc = await dial(t, port);
+  irc.send("CAP REQ :labeled-response batch message-tags", "NICK ana", "USER a 0 * :a", "CAP END");
+  for (const label of ["one", "two", "three"]) {
+    irc.send(`@label=${label} PASS wrong`);
+    await irc.wait(new RegExp(`@label=${label} :chat\\.server 464 ana :Wrong password\r\n`));
+  }
+  await irc.wait(/ERROR :Too many wrong passwords\r\n/);
+});

@@ -787,6 +787,31 @@ test("the operator's console shows the log and runs commands", TMUX, async (t) =
   await server.wait(/stopping\n\[exit 0\]/);
 });
 
+test("in plain mode, too, a pasted command is run only when the person has answered", TMUX, async (t) => {
+  const { ana, bo } = await joined(t, { args: ["--plain"], columns: 120 });
+  ana.paste("one\n/msg bo secret\n");
+  await ana.wait(/Run the pasted "\/msg bo secret", or say all 2 pasted lines in #chat\? \(run\/say\/no\)/);
+  ana.enter("no");
+  await ana.wait(/-- nothing is sent/);
+  ana.paste("two\nthree\n");
+  await bo.wait(/ :two\r\n.* :three\r\n/);
+  assert.doesNotMatch(bo.all, /one|secret/);
+});
+
+test("commands that need the server say so while there is none", TMUX, async (t) => {
+  const server = await serveProcess(t);
+  const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${server.port}`], { env: { CHAT_PASSWORD: "x" } });
+  await ana.wait(/Welcome/);
+  server.child.kill("SIGKILL");
+  await ana.wait(/\n\[offline\] #chat>$/);
+  for (const command of ["/topic new", "/rooms", "/history", "/part", "/password"]) {
+    ana.enter("/clear");
+    await ana.wait(/^\[offline\] #chat>$/);
+    ana.enter(command);
+    await ana.wait(/^-- not connected\n\[offline\] #chat>$/);
+  }
+});
+
 test("plain mode writes each line once, without colour, and hides the password", TMUX, async (t) => {
   for (const args of [["--plain"], []]) {
     const { port } = await serveHere(t);
