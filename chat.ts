@@ -1414,7 +1414,7 @@ export class Session implements Reader, Visitor {
       if ("fault" in split) {
         if (split.fault === "NUL") return this.close("That is not text");
         if (split.fault === "too long") return reply.numeric("417", "Input line was too long");
-        return reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is taken here; the line was dropped");
+        return reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is accepted; the line was dropped");
       }
       if (line.command !== "PING" && line.command !== "PONG") this.active = this.#host.clock.now();
       const running = this.#host.execute(this, line, reply);
@@ -2011,7 +2011,7 @@ function handlePass(context: Context): void | Promise<void> {
   const mayChange = verifier && session.mechanism.startsWith("SCRAM");
   if (member && !mayChange) return reply.numeric("462", "You may not reregister");
   if (verifier === "bad" || (verifier && !member)) {
-    return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, and is none for here");
+    return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, but is not a valid one");
   }
   if (member && verifier) {
     member.verifier = verifier;
@@ -2126,7 +2126,7 @@ function handleChathistory({ server, member, params, reply }: MemberContext): vo
   const [from, until] = places.map(readPlace);
   const needsTwo = verb === "BETWEEN" || verb === "TARGETS";
   if (!from && !(verb === "LATEST" && places[0] === "*") || needsTwo && !until) {
-    return fail("INVALID_PARAMS", places.join(" "), "This is no place in a log");
+    return fail("INVALID_PARAMS", places.join(" "), "This is not a place in a log");
   }
   if (verb === "TARGETS") return replyWithTargets(member, reply, from?.time ?? 0, until?.time ?? 0, limit);
   const [room, other] = [server.findRoom(target), server.accounts.find(target)];
@@ -2313,17 +2313,17 @@ Object.assign(
     TAGMSG: { least: 1, about: "send tags only", run: handleMessage },
     CHATHISTORY: { least: 3, about: "read what was said", run: handleChathistory },
     WHO: { least: 0, about: "list members", run: handleWho },
-    WHOIS: { least: 1, about: "tell about a member", run: handleWhois },
-    USERHOST: { least: 1, about: "tell whether members are away", run: handleUserhost },
-    ISON: { least: 1, about: "tell which members are here", run: handleIson },
+    WHOIS: { least: 1, about: "describe a member", run: handleWhois },
+    USERHOST: { least: 1, about: "say whether members are away", run: handleUserhost },
+    ISON: { least: 1, about: "say which members are here", run: handleIson },
     AWAY: { least: 0, about: "say that you are away, or are back", run: handleAway },
     MODE: { least: 1, about: "show modes", run: handleMode },
     MOTD: { least: 0, about: "show the message of the day", run: ({ reply }) => replyWithMotd(reply) },
     LUSERS: { least: 0, about: "count who is here", run: ({ server, reply }) => replyWithCounts(server, reply) },
-    VERSION: { least: 0, about: "tell the version", run: handleVersion },
+    VERSION: { least: 0, about: "show the version", run: handleVersion },
     TIME: {
       least: 0,
-      about: "tell the time",
+      about: "show the time",
       run: ({ reply }) => reply.numeric("391", SERVER, new Date().toUTCString()),
     },
     INFO: { least: 0, about: "list these commands", run: handleInfo },
@@ -2403,7 +2403,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
   forget: row("NICK", "delete an account", (server, nick) => {
     const member = server.accounts.find(nick);
     if (member) server.forget(member);
-    return member ? `${nick} is no account any more` : `no account ${nick}`;
+    return member ? `${nick} is not an account any more` : `no account ${nick}`;
   }),
 };
 
@@ -2414,7 +2414,7 @@ function setRegistration(server: Server, open: boolean): string {
   for (const session of server.sessions) {
     if (session.has("cap-notify")) session.reply(format("CAP", [session.nick, ...change], SERVER));
   }
-  return open ? "everybody can register again" : "nobody can register now, but those whom you /admit";
+  return open ? "everybody can register again" : "nobody can register now, except those whom you /admit";
 }
 
 /** Runs a line that the operator typed, with or without a slash. @returns what to show */
@@ -3265,8 +3265,12 @@ const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: s
   [/ECONNREFUSED|refused/i, "nobody listens there", `is the server running? ${CHAT} serve starts one`],
   [/ENOTFOUND|EAI_AGAIN|lookup|resolve/i, "there is no such host", "the line to join with is on the server's screen"],
   [/(alert|protocol).*version|unsupported|HandshakeFailure/i, "it does not know TLS 1.3", "chat takes nothing older"],
-  [/no.application.protocol/i, "it knows TLS, but is no chat", "is it the right port?"],
-  [/wrong.version|packet|record|corrupt|Invalid(ContentType|Message)/i, "it is no TLS server", "is it the right port?"],
+  [/no.application.protocol/i, "it speaks TLS, but is not a chat server", "is it the right port?"],
+  [
+    /wrong.version|packet|record|corrupt|Invalid(ContentType|Message)/i,
+    "it is not a TLS server",
+    "is it the right port?",
+  ],
   [
     /RESET|disconnect|closed/i,
     "it closed the connection while TLS was set up",
@@ -3393,7 +3397,7 @@ class Login {
     if (!certificate) throw new Fault("the server shows no certificate", "is it a chat server?", 3);
     const pin = pinOf(certificate.publicKey);
     if (this.#pin && pin !== this.#pin) {
-      const hint = "somebody may sit in the middle, or it was started anew without CHAT_SECRET: ask whoever runs it";
+      const hint = "somebody may sit in the middle, or it was restarted without CHAT_SECRET: ask whoever runs it";
       throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
     }
     const problem = this.#problemOf(certificate, link.socket.authorized);
@@ -3523,7 +3527,7 @@ class Login {
   }
   async #keysFor(link: Link, salt: Buffer): Promise<Keys> {
     if (this.keys?.salt.equals(salt)) return this.keys;
-    this.#password ??= await this.#ask(link, `Password of ${this.nick}: `, "it was changed: join anew", true);
+    this.#password ??= await this.#ask(link, `Password of ${this.nick}: `, "it was changed: join again", true);
     return this.keys = await deriveKeys(this.#password, salt);
   }
   /** Registers the nick with a verifier: the password itself stays here. */
@@ -3623,7 +3627,7 @@ class Connection {
   reconnect(): void {
     this.#tries = 0;
     if (this.#phase.is === "waiting") this.#phase.retry();
-    this.link?.end("on your word");
+    this.link?.end("at your request");
   }
 
   async #stayConnected(): Promise<void> {
@@ -4122,7 +4126,7 @@ class Client implements ConnectionEvents {
   onLost(why: string): void {
     this.conversations.disconnected();
     this.#queue.restart();
-    this.note(`connection lost: ${why}; taking it up again`);
+    this.note(`connection lost: ${why}; reconnecting`);
     this.#proceed();
   }
   /** Gives up the rest of the input if the server takes none of it. */
@@ -4255,7 +4259,7 @@ const EXIT = row<SlashCommand>("", "leave", ({ connection }) => connection.leave
 export const SLASH: Table<SlashCommand> = {
   exit: EXIT,
   quit: EXIT,
-  help: row("[COMMAND]", "tell what you can type", (client, rest) => {
+  help: row("[COMMAND]", "list what you can type", (client, rest) => {
     const name = rest.replace(/^\//, "");
     const found = rowOf(SLASH, name);
     for (const line of helpLines(found ? { [name]: found } : SLASH, "/")) client.note(line);
@@ -4276,7 +4280,7 @@ export const SLASH: Table<SlashCommand> = {
     else client.note("nobody has written to you yet");
   }),
   me: row("TEXT", "say what you do", (client, rest) => client.say("", rest, (part) => `\x01ACTION ${part}\x01`)),
-  join: row("#ROOM", "enter a room, or turn to it", (client, rest) => {
+  join: row("#ROOM", "enter a room, or switch to it", (client, rest) => {
     client.talkIn(rest.replace(/^#?/, "#").replace(/ .*/, ""));
   }),
   part: row("", "leave this room", (client) => client.room && client.request("PART", client.room.name)),
@@ -4296,17 +4300,17 @@ export const SLASH: Table<SlashCommand> = {
   ignore: row("NICK", "hide what somebody says, or show it again", ({ transcript }, rest) => {
     const wasHidden = transcript.ignored.delete(fold(rest));
     if (!wasHidden) transcript.ignored.add(fold(rest));
-    transcript.note(`${rest} is ${wasHidden ? "heard again" : "ignored"}`);
+    transcript.note(`${rest} is ${wasHidden ? "no longer ignored" : "ignored"}`);
   }),
   bell: row("on|off", "ring when you are named", ({ transcript }, rest) => {
     transcript.rings = rest !== "off";
     transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
-  tls: row("", "tell about the connection", (client) => {
+  tls: row("", "describe the connection", (client) => {
     for (const fact of client.link?.facts() ?? ["not connected"]) client.note(fact);
   }),
   password: row("", "change your password", changePassword),
-  reconnect: row("", "connect anew, now", ({ connection }) => connection.reconnect()),
+  reconnect: row("", "reconnect now", ({ connection }) => connection.reconnect()),
   clear: row("", "clear the screen", ({ ui }) => ui.clear()),
 };
 
@@ -4415,7 +4419,7 @@ const roomName = (text: string) => {
   const name = text.replace(/^#?/, "#");
   return isRoom(name) ? name : undefined;
 };
-const EXPLAIN = option("", "tell what happens on the wire, as it happens");
+const EXPLAIN = option("", "describe what happens on the wire, as it happens");
 const KEYLOG = option("", "print the TLS keys; whoever has them can read along");
 
 const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
@@ -4442,8 +4446,8 @@ const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
 
 const USAGE = `chat: an encrypted group chat
 
-  chat serve [HOST][:PORT]               open a room; 127.0.0.1:8080 if not said
-  chat join  [NICK@]HOST[:PORT][/PIN]    enter it; port 8080 if not said
+  chat serve [HOST][:PORT]               open a room; 127.0.0.1:8080 by default
+  chat join  [NICK@]HOST[:PORT][/PIN]    enter it; port 8080 by default
   chat help  [serve|join]                tell all options
   chat version`;
 
@@ -4507,7 +4511,7 @@ function readArguments(command: "serve" | "join", args: readonly string[]): { ad
 function readAddress(text: string): { host: string; port: number } {
   const [, ipv6, host, port = "8080"] = /^(?:\[([^\]]+)\]|([^:[\]/]*))(?::(\d{1,5}))?$/.exec(text) ?? [];
   if ((ipv6 ?? host) === undefined || Number(port) > 65535) {
-    throw wrong(`${text} is no address`, "HOST:PORT, or [IPV6]:PORT");
+    throw wrong(`${text} is not an address`, "HOST:PORT, or [IPV6]:PORT");
   }
   return { host: ipv6 ?? (host || "127.0.0.1"), port: Number(port) };
 }
@@ -4565,7 +4569,7 @@ function openConsole(
   };
   const table: Table<ConsoleCommand> = {
     ...CONSOLE,
-    invite: { usage: "", about: "tell how to join", run: () => invitations },
+    invite: { usage: "", about: "print how to join", run: () => invitations },
     stop: { usage: "", about: "stop the server", run: askToStop },
   };
   const ui = openUi();
@@ -4609,14 +4613,16 @@ function namesOf(host: string): readonly string[] {
 async function mainJoin(args: readonly string[]): Promise<number> {
   const { address, options } = readArguments("join", args);
   const [, who, target = "", written] = /^(?:([^@]*)@)?([^/]*)(?:\/(.*))?$/s.exec(address) ?? [];
-  if (!target) throw wrong("join whom?", `${CHAT} join HOST:PORT`);
+  if (!target) throw wrong("join which server?", `${CHAT} join HOST:PORT`);
   const pin = written === undefined ? undefined : readPin(written);
-  if (written !== undefined && !pin) throw wrong(`${written} is no pin`, "a pin is six groups of four, of a-z and 2-7");
+  if (written !== undefined && !pin) {
+    throw wrong(`${written} is not a pin`, "a pin is six groups of four, of a-z and 2-7");
+  }
   const { nick = who, room, timeout, plain = false, explain = false, keylog = false } = options;
-  if (nick !== undefined && !isNick(nick)) throw wrong(`${nick} is no nick`, REFUSALS["bad nick"]);
+  if (nick !== undefined && !isNick(nick)) throw wrong(`${nick} is not a valid nick`, REFUSALS["bad nick"]);
   const [password, ca] = ["CHAT_PASSWORD", "CHAT_CA"].map(environment);
   if (ca && !readPem("CHAT_CA", ca, "certificate", (text) => new crypto.X509Certificate(text)).ca) {
-    throw new Fault("the certificate in CHAT_CA is none of an authority", "it is the issuer's that belongs there");
+    throw new Fault("the certificate in CHAT_CA is not that of an authority", "it is the issuer's that belongs there");
   }
   const ui = openUi(plain);
   const leave = new AbortController();

@@ -140,14 +140,14 @@ test("a usage error names the wrong word, suggests the nearest right one, and en
     [["serve", "--room", "a b"], /--room cannot be "a b"/],
     [["serve", "--explain=yes"], /--explain cannot be "yes"/],
     [["serve", "one", "two"], /one address is enough/],
-    [["serve", "1:2:3"], /1:2:3 is no address/],
-    [["serve", ":70000"], /:70000 is no address/],
-    [["join"], /join whom\?/],
+    [["serve", "1:2:3"], /1:2:3 is not an address/],
+    [["serve", ":70000"], /:70000 is not an address/],
+    [["join"], /join which server\?/],
     [["join", "--timeout", "soon", "x"], /--timeout cannot be "soon"\nchat: hint: --timeout SECONDS: /],
     [["join", "--plian", "x"], /did you mean --plain\?/],
-    [["join", "a b@x"], /a b is no nick/],
-    [["join", "x/short"], /short is no pin/],
-    [["join", "x:y"], /x:y is no address/],
+    [["join", "a b@x"], /a b is not a valid nick/],
+    [["join", "x/short"], /short is not a pin/],
+    [["join", "x:y"], /x:y is not an address/],
   ];
   for (const [args, message] of wrong) {
     const { status, stdout, stderr } = run(args);
@@ -166,10 +166,10 @@ for (const runtime of EVERY) {
       [await freePort(), /nobody listens there/],
       [
         await other(t, net.createServer((socket) => socket.once("data", () => socket.end("HTTP/1.1 400 Bad\r\n\r\n")))),
-        /it is no TLS server/,
+        /it is not a TLS server/,
       ],
       [await other(t, tls.createServer({ ...SELF_SIGNED, maxVersion: "TLSv1.2" })), /does not know TLS 1\.3/],
-      [await other(t, tls.createServer({ ...SELF_SIGNED, ALPNProtocols: ["http/1.1"] })), /is no chat/],
+      [await other(t, tls.createServer({ ...SELF_SIGNED, ALPNProtocols: ["http/1.1"] })), /is not a chat server/],
       [await other(t, net.createServer((socket) => socket.destroy())), /closed the connection/],
       [
         await other(t, tls.createServer(SELF_SIGNED, (socket) => socket.end("HTTP/1.1 400 Bad\r\n\r\n"))),

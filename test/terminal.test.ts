@@ -575,7 +575,7 @@ test(
     await ana.wait(/cy    heard/);
     assert.doesNotMatch(ana.screen(), /unheard/);
     ana.enter("/ignore bo");
-    await ana.wait(/-- bo is heard again/);
+    await ana.wait(/-- bo is no longer ignored/);
     ana.enter("/history 2");
     await ana.wait(/bo    unheard\n\d\d:\d\d cy    heard\n#chat>$/);
   },

@@ -201,7 +201,7 @@ test("bad keys and certificates are refused at the start, with a hint", () => {
     assert.equal(status, 1);
     return stderr;
   };
-  assert.match(join(certs("server.pem")), /CHAT_CA is none of an authority/);
+  assert.match(join(certs("server.pem")), /CHAT_CA is not that of an authority/);
   assert.match(
     join("ca.pem"),
     /CHAT_CA must hold the PEM text of a certificate, not its path\nchat: hint: export CHAT_CA=/,
