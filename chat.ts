@@ -50,7 +50,7 @@ export const LIMITS = Object.freeze({
   chunkUnits: 0.1, // charged for every chunk received
   unitBytes: 512, // charged as one unit when received
   replyBytes: 2_048, // charged as one unit when replied
-  debtUnits: 1_000, // over the rate limit of a member who is no longer read; beyond, the connection is closed
+  debtUnits: 1_000, // over the rate limit, while reading is paused; a member beyond it is disconnected
   silentBytes: 4_096, // a second on the socket that bring no text: handshakes, KeyUpdates, empty records
   silentBurst: 32_768, // of them at once
   silentMs: 250, // between two checks of them
@@ -776,7 +776,7 @@ const REFUSALS: Readonly<Record<Refusal, string>> = {
   "often": "Too many attempts; try again later",
 };
 
-/** The state of a SASL exchange after a message: it goes on, or has ended one way or the other. */
+/** What follows a message of a SASL exchange: a challenge, success or failure. */
 export type SaslStep<A> =
   | { readonly challenge: string }
   | { readonly account: A }
@@ -2002,7 +2002,7 @@ async function handleRegister(context: Context): Promise<void> {
   return completeRegistration(context);
 }
 
-/** PASS: a password to log in with; or, from a member who has logged in by SCRAM, the verifier of a new one. */
+/** PASS: the password to log in with. After a login by SCRAM: the verifier of a new password. */
 function handlePass(context: Context): void | Promise<void> {
   const { server, session, member, reply, params: [secret = "", ...more] } = context;
   const { registration } = session;
@@ -3870,7 +3870,7 @@ class Conversations {
     this.#batches.clear();
     for (const room of this.rooms.values()) room.state = "absent";
   }
-  /** There is a connection. After a reconnect the server is asked who has sent private messages meanwhile. */
+  /** The client is online. After a reconnect it asks in which private talks something was said meanwhile. */
   connected(isReturning: boolean): void {
     if (isReturning) {
       this.#request("TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`);
@@ -4524,7 +4524,7 @@ async function mainServe(args: readonly string[]): Promise<number> {
   let ui: Ui | undefined; // the operator's, once the server listens
   const print = (line: string) => ui ? ui.note(clean(line)) : void write(process.stderr, `chat: ${clean(line)}\n`);
   const log = (line: string) => print(`${new Date().toTimeString().slice(0, 8)} ${line}`);
-  const names = namesOf(host); // before a socket is open: then the runtime would look up who is at its other end
+  const names = namesOf(host); // before a socket opens: afterwards the report would resolve its addresses by DNS
   const serving = await serve({
     ...options,
     ...{ host, port, identity, log },

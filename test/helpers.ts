@@ -3,6 +3,7 @@
 import { type ChildProcess, execFileSync, spawn } from "node:child_process";
 import { EventEmitter, once } from "node:events";
 import fs from "node:fs";
+import net from "node:net";
 import os from "node:os";
 import path from "node:path";
 import crypto from "node:crypto";
@@ -167,6 +168,16 @@ export function joinProcess(
 ): Running {
   const secrets = password ? { CHAT_PASSWORD: password } : {};
   return new Running(test, [...RUNTIMES[runtime](), "join", address, ...args], { ...secrets, ...env });
+}
+
+/** A port on which nothing listens, yet. */
+export async function freePort(): Promise<number> {
+  const server = net.createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as net.AddressInfo;
+  server.close();
+  await once(server, "close");
+  return port;
 }
 
 /** A clock that stands still until a test moves it. */

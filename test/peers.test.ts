@@ -13,6 +13,7 @@ import { selfSigned } from "../chat.ts";
 import {
   BINARY,
   enter,
+  freePort,
   type Irc,
   joinProcess,
   Running,
@@ -243,16 +244,6 @@ test(
 );
 
 // ---- `join` on other IRC servers
-
-/** A free port. The caller starts a program on it at once. */
-async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address() as net.AddressInfo;
-  server.close();
-  await once(server, "close");
-  return port;
-}
 
 function keyAndCertificate(home: string): { key: string; cert: string } {
   const { privateKey } = crypto.generateKeyPairSync("ec", { namedCurve: "P-256" });

@@ -14,6 +14,7 @@ import {
   BINARY,
   enter,
   environment,
+  freePort,
   joinProcess,
   ROOT,
   RUNTIMES,
@@ -52,16 +53,6 @@ async function other(t: TestContext, server: net.Server): Promise<number> {
     for (const socket of sockets) socket.destroy();
   });
   return (server.address() as net.AddressInfo).port;
-}
-
-/** A port on which nothing listens. */
-async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address() as net.AddressInfo;
-  server.close();
-  await once(server, "close");
-  return port;
 }
 
 /** Waits until something listens on a port, which a server without a log cannot announce. */
