@@ -40,6 +40,8 @@ export const LIMITS = Object.freeze({
   silenceMs: 60_000, // without a byte before login
   loginMs: 300_000, // from connecting to being logged in
   unauthenticated: 500, // connections before login, or half of --max-clients if that is more
+  handshakes: 0.5, // per network and second, for each connection that --per-address allows
+  handshakeBurst: 10, // of them at once; further ones wait
   pingMs: 60_000, // of silence before a PING is sent, and then until the connection times out
   sleepMs: 10_000, // between two sweeps of the server: then the machine was asleep, and nobody times out yet
   graceMs: 15_000, // for which a member whose last connection was lost stays present
@@ -51,13 +53,15 @@ export const LIMITS = Object.freeze({
   unitBytes: 512, // charged as one unit when received
   replyBytes: 2_048, // charged as one unit when replied
   debtUnits: 1_000, // over the rate limit, while reading is paused; a member beyond it is disconnected
-  silentBytes: 4_096, // a second on the socket that bring no text: handshakes, KeyUpdates, empty records
-  silentBurst: 32_768, // of them at once
-  silentMs: 250, // between two checks of them
+  silentBytes: 512, // a second on the socket that bring no text: KeyUpdates, empty records
+  silentBurst: 24_576, // of them at once: the beginning of a large record is among them
+  silentStart: 2_048, // of them at once before login, when no large record is sent
+  silentMs: 10, // between two checks of them
   // Memory
   inputBytes: 256 * 1024, // received on a connection and not yet executed
   pauseBytes: 256 * 1024, // in a connection's outgoing queue, before its own lines have to wait
   queueBytes: 1024 * 1024, // in a connection's outgoing queue, before it is closed
+  allQueuesBytes: 64 * 1024 * 1024, // in all of them, before the connection with the longest one is closed
   historyBytes: 64 * 1024 * 1024, // of all logs together
   chathistory: 100, // messages read by one CHATHISTORY
   missed: 1_000, // private messages replayed to a member who returns
@@ -68,19 +72,24 @@ export const LIMITS = Object.freeze({
   instances: 8, // client instances per account whose idempotency keys are remembered
   knownNetworks: 8, // per account, from which it has logged in
   rateKeys: 100_000, // in one keyed rate limit
+  unreadBytes: 256 * 1024, // written to a terminal or a pipe that nobody reads; what is more is not shown
+  unreadRows: 1_000, // that wait to be drawn on such a terminal; older ones are not shown
   failuresPerMinute: 60, // lines in the log about failed logins and handshakes, per network
   // Guessing and hoarding
-  newAccountsPerHour: 20, // per network, loopback excepted
+  newAccountsPerHour: 20, // per network (IPv6: /48), loopback excepted
   wrongPasswords: 3, // per connection
   triesPerAccount: 10, // at once per account and network, then one every 30 s
-  triesPerNetwork: 100, // at once, besides --per-address, then one a second
+  triesPerNetwork: 100, // at once, besides --per-address, then one a second; an IPv6 network is a /48 here
   triesOfUnknown: 100, // at once per account, from networks where it never logged in, then one every 10 s
   scrypts: 2, // password hashings at once
+  admitMs: 3_600_000, // for which /admit lets a nick register
   // The operator
   againMs: 10_000, // within which stopping a room that is not empty is confirmed
   // The client
   outbox: 500, // lines typed that wait for the connection
   window: 50, // lines sent and not yet acknowledged
+  held: 2_000, // messages of a room whose history is being loaded
+  codeTries: 3, // to type the check code
   steadyMs: 10_000, // for which a connection must have lasted to reset the back-off
   timeoutMs: 30_000, // without progress after the end of the input, before the rest is given up
   hushMs: 30_000, // of a server's silence before a PING, and then until the connection counts as lost
@@ -148,12 +157,15 @@ export class RateLimit {
   }
 }
 
-/** Charges one unit to each of some limits if all of them allow it. @returns whether they do */
-function tryCharge(...limits: readonly RateLimit[]): boolean {
+/**
+ * Charges one unit to each of some limits if all of them allow it.
+ * @returns for how many ms they do not; 0 if it is charged
+ */
+function tryCharge(...limits: readonly RateLimit[]): number {
   for (const limit of limits) limit.charge(1);
-  const isAllowed = limits.every(({ throttleMs }) => throttleMs === 0);
-  for (const limit of isAllowed ? [] : limits) limit.refund(1);
-  return isAllowed;
+  const waitMs = Math.max(...limits.map(({ throttleMs }) => throttleMs));
+  for (const limit of waitMs ? limits : []) limit.refund(1);
+  return waitMs;
 }
 
 /** A rate limit per key. Keys that are full again are forgotten one by one. */
@@ -175,16 +187,64 @@ class KeyedRateLimit {
   }
 }
 
-/** How many connections each network has. */
+/** A connection, as one that takes a place. It does so from its accept on, until it is closed. */
+interface Occupant {
+  readonly address: string;
+  evict(): void; // closes it, because another one needs the place
+}
+
+/**
+ * The places that connections take: per network, and in all for those that have not logged in. When one is missing,
+ * the oldest of these makes way: of the same network, or of the site that has most of them.
+ */
 class Occupancy {
-  readonly #counts = new Map<string, number>();
-  of(network: string): number {
-    return this.#counts.get(network) ?? 0;
+  readonly #perNetwork = new Map<string, Set<Occupant>>();
+  readonly #guests = new Map<string, Set<Occupant>>(); // those that have not logged in, by site; the oldest first
+  readonly #networkLimit: number;
+  readonly #guestLimit: number;
+  guests = 0;
+  constructor(networkLimit: number, guestLimit: number) {
+    this.#networkLimit = networkLimit;
+    this.#guestLimit = guestLimit;
   }
-  change(network: string, by: 1 | -1): void {
-    const count = this.of(network) + by;
-    if (count) this.#counts.set(network, count);
-    else this.#counts.delete(network);
+  /** Whether a network has more connections than it may: members, who do not make way. */
+  isCrowded(address: string): boolean {
+    return (this.#perNetwork.get(networkOf(address))?.size ?? 0) > this.#networkLimit;
+  }
+  enter(occupant: Occupant): void {
+    const { address } = occupant;
+    const neighbours = this.#perNetwork.get(networkOf(address)) ?? new Set();
+    if (neighbours.size >= this.#networkLimit) this.#evictFrom(neighbours);
+    if (this.guests >= this.#guestLimit) {
+      const [busiest] = [...this.#guests.values()].sort((one, other) => other.size - one.size);
+      this.#evictFrom(busiest ?? []);
+    }
+    const guests = this.#guests.get(siteOf(address)) ?? new Set();
+    this.#perNetwork.set(networkOf(address), neighbours.add(occupant));
+    this.#guests.set(siteOf(address), guests.add(occupant));
+    this.guests++;
+  }
+  /** A connection has logged in. */
+  settle(occupant: Occupant): void {
+    const site = siteOf(occupant.address);
+    const guests = this.#guests.get(site);
+    if (!guests?.delete(occupant)) return;
+    this.guests--;
+    if (!guests.size) this.#guests.delete(site);
+  }
+  leave(occupant: Occupant): void {
+    this.settle(occupant);
+    const network = networkOf(occupant.address);
+    const neighbours = this.#perNetwork.get(network);
+    neighbours?.delete(occupant);
+    if (!neighbours?.size) this.#perNetwork.delete(network);
+  }
+  #evictFrom(occupants: Iterable<Occupant>): void {
+    for (const one of occupants) {
+      if (!this.#guests.get(siteOf(one.address))?.has(one)) continue;
+      this.leave(one);
+      return one.evict();
+    }
   }
 }
 
@@ -225,13 +285,17 @@ const rowOf = <T>(table: Readonly<Partial<Record<string, T>>>, name: string) =>
   Object.hasOwn(table, name) ? table[name] : undefined;
 
 /** The network that an address is counted under: an IPv4 address, or the /64 of an IPv6 address. */
-export function networkOf(address: string): string {
+export function networkOf(address: string, prefix = 64): string {
+  if (!address.includes(":")) return address;
   const plain = address.replace(/^::ffff:(?=\d+\.)/i, "").replace(/%.*/, "");
-  if (!plain.includes(":")) return plain;
+  if (plain.includes(".")) return plain;
   const [left = [], right = []] = plain.split("::").map((part) => part.split(":").filter(Boolean));
   const zeros = Array<string>(Math.max(0, 8 - left.length - right.length)).fill("0");
-  return `${[...left, ...zeros, ...right].slice(0, 4).join(":")}::/64`;
+  return `${[...left, ...zeros, ...right].slice(0, prefix / 16).join(":")}::/${prefix}`;
 }
+
+/** What one subscriber is given at most: an IPv4 address, or an IPv6 /48. */
+const siteOf = (address: string) => networkOf(address, 48);
 
 export const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
 
@@ -313,13 +377,18 @@ export const fold = (name: string): string => name.replace(/[A-Z]+/g, (upper) =>
 
 const JOINING_SCRIPTS = "Arab Syrc Mong Deva Beng Guru Gujr Orya Taml Telu Knda Mlym Sinh".split(" ");
 const KEPT = [
-  "\\uFE0F", // emoji presentation
+  "[\\uFE0E\\uFE0F]", // text or emoji presentation
+  "[\\u0600-\\u0605\\u06DD\\u070F\\u0890\\u0891\\u08E2\\u{110BD}\\u{110CD}]", // signs around numbers, which are visible
   "\\p{ExtPict}[\\u{1F3FB}-\\u{1F3FF}]?\\uFE0F?\\u200D(?=\\p{ExtPict})", // a joiner between two emoji
   "\\u{1F3F4}[\\u{E0030}-\\u{E007A}]{1,6}\\u{E007F}", // the flags of Scotland and the like
   `[${JOINING_SCRIPTS.map((script) => `\\p{sc=${script}}`).join("")}][\\u200C\\u200D](?=\\p{L})`, // shapes letters
 ].join("|");
-/** Control characters, bidirectional overrides and everything that is invisible, except KEPT. */
-const HARMFUL = new RegExp(`(${KEPT})|[\\p{Cc}\\p{Cf}\\p{Cs}\\p{Co}\\p{Zl}\\p{Zp}\\p{DI}]`, "gu");
+/** Control characters, bidirectional embeddings and blank letters: what could deceive. */
+const HARMFUL =
+  "[\\p{Cc}\\p{Cs}\\p{Co}\\p{Zl}\\p{Zp}\\u202A-\\u202E\\u2066-\\u2069\\u115F\\u1160\\u3164\\uFFA0\\uFFF9-\\uFFFB]";
+/** What is invisible and harmless, such as word gaps in Khmer and soft hyphens. */
+const IGNORABLE = "[\\p{Cf}\\p{DI}]";
+const UNSHOWN = new RegExp(`(${KEPT})|(${HARMFUL})|${IGNORABLE}`, "gu");
 /** IRC's colours, with their numbers, and its other formatting. */
 const FORMATTING = new RegExp(
   `${"\x03"}(\\d{1,2}(,\\d{1,2})?)?|${"\x04"}([\\dA-F]{6})?|[${"\x02\x0f\x11\x16\x1d\x1e\x1f"}]`,
@@ -329,11 +398,14 @@ const FORMATTING = new RegExp(
 /** Text that is safe to show on a terminal: nothing else reaches one. */
 export type Clean = string & { readonly clean: unique symbol };
 
-/** Makes a text safe to show: removes IRC's formatting, and puts U+FFFD in place of what else could do harm. */
+/**
+ * Makes a text safe to show: removes IRC's formatting and what is invisible, and puts U+FFFD in place of what could do
+ * harm.
+ */
 export function clean(text: string): Clean {
   if (/^[ -~]*$/.test(text)) return text as Clean;
   const plain = text.replace(FORMATTING, "").replaceAll("\t", " ")
-    .replace(HARMFUL, (_, kept?: string) => kept ?? "\uFFFD");
+    .replace(UNSHOWN, (_, kept?: string, harmful?: string) => kept ?? (harmful ? "\uFFFD" : ""));
   return plain.replace(/(\p{M}{4})\p{M}+/gu, "$1") as Clean; // longer stacks of marks reach into other rows
 }
 
@@ -346,7 +418,7 @@ export const isNick = (name: string): boolean =>
 
 /** Whether a name is a valid name of a room: `#` and then no space, no comma and no invisible character. */
 export const isRoom = (name: string): boolean =>
-  /^#[^ ,]+$/.test(name) && Buffer.byteLength(name) <= LIMITS.room && clean(name) === name;
+  /^#[^\s,]+$/.test(name) && Buffer.byteLength(name) <= LIMITS.room && clean(name) === name;
 
 /** Cuts a text to a number of bytes of UTF-8, but never inside a character. */
 export function cut(text: string, bytes: number): string {
@@ -446,6 +518,7 @@ export class LineSplitter {
 export interface Identity {
   readonly key: string; // PEM text of the private key
   readonly cert: string; // PEM text of the certificate, with the operator's chain behind it
+  readonly publicKey: crypto.KeyObject;
   readonly pin: string;
   readonly binding: Buffer; // SHA-256 over the certificate, for channel binding (RFC 5929, tls-server-end-point)
 }
@@ -510,14 +583,40 @@ export const spki = (key: crypto.KeyObject): Buffer => key.export({ type: "spki"
 
 /** The pin of a public key: 120 bits of SHA-256 over its SubjectPublicKeyInfo, in base32, in groups of four. */
 export function pinOf(key: crypto.KeyObject): string {
-  const bits = BigInt(`0x${sha256(spki(key)).toString("hex", 0, 15)}`).toString(2).padStart(120, "0");
+  return base32(sha256(spki(key)).subarray(0, 15));
+}
+
+/**
+ * The check code of a public key, for people who compare: 40 bits of scrypt over its fingerprint. To find another key
+ * with the same code one has to try 2^40 keys, each at a tenth of a second and 64 MiB.
+ */
+export function checkCodeOf(key: crypto.KeyObject): Promise<string> {
+  const cost = { N: 2 ** 16, r: 8, p: 1, maxmem: 2 ** 27 };
+  return new Promise((resolve, reject) => {
+    crypto.scrypt(sha256(spki(key)), "chat check v1", 5, cost, (error, code) => {
+      if (error) reject(error);
+      else resolve(base32(code));
+    });
+  });
+}
+
+/** Whether a pin or a check code may decide about a key. With RSA, keys that look alike are too cheap to make. */
+export const isPinnable = ({ asymmetricKeyType, asymmetricKeyDetails }: crypto.KeyObject): boolean =>
+  asymmetricKeyType === "ed25519" || asymmetricKeyDetails?.namedCurve === "prime256v1";
+
+/** Encodes whole groups of five bytes in base32 (RFC 4648, in lower case), in groups of four. */
+function base32(bytes: Buffer): string {
+  const bits = Array.from(bytes, (byte) => byte.toString(2).padStart(8, "0")).join("");
   return grouped(bits.replace(/.{5}/g, (five) => "abcdefghijklmnopqrstuvwxyz234567"[parseInt(five, 2)] ?? ""));
 }
 
 /** Reads a pin as people write it, in any case and with or without hyphens. @returns undefined if it is not a pin */
-export function readPin(text: string): string | undefined {
-  const digits = text.toLowerCase().replaceAll("-", "");
-  return /^[a-z2-7]{24}$/.test(digits) ? grouped(digits) : undefined;
+export const readPin = (text: string): string | undefined => readBase32(text, 24);
+
+/** Reads base32 in groups of four. @returns undefined if it does not have so many digits */
+function readBase32(text: string, length: number): string | undefined {
+  const digits = text.toLowerCase().replace(/[\s-]/g, "");
+  return /^[a-z2-7]*$/.test(digits) && digits.length === length ? grouped(digits) : undefined;
 }
 
 const grouped = (digits: string) => digits.replace(/.{4}(?=.)/g, "$&-");
@@ -541,7 +640,8 @@ export function makeIdentity({ secret, key, cert }: { secret?: string; key?: str
   const problem = outsideValidity(leaf);
   if (problem) throw new Fault(`the certificate in CHAT_CERT ${problem}`, "nobody could trust it: get a new one");
   const pem = privateKey.export({ type: "pkcs8", format: "pem" }).toString();
-  return { key: pem, cert: chain ?? "", pin: pinOf(leaf.publicKey), binding: sha256(leaf.raw) };
+  const { publicKey, raw } = leaf;
+  return { key: pem, cert: chain ?? "", publicKey, pin: pinOf(publicKey), binding: sha256(raw) };
 }
 
 /**
@@ -661,7 +761,7 @@ export function formatVerifier({ salt, storedKey, serverKey }: Verifier): string
 
 /** Reads a verifier. @returns undefined if the text does not look like one, "bad" if it does and is not valid */
 export function readVerifier(text: string): Verifier | "bad" | undefined {
-  if (!/^SCRAM-/i.test(text)) return undefined;
+  if (!/^SCRAM-[A-Z0-9-]+\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+$/i.test(text)) return undefined;
   const [salt, storedKey, serverKey] = text.split(/[$:]/).slice(2).map(fromBase64);
   if (salt?.length !== SALT_BYTES || storedKey?.length !== KEY_BYTES || serverKey?.length !== KEY_BYTES) return "bad";
   return formatVerifier({ salt, storedKey, serverKey }) === text ? { salt, storedKey, serverKey } : "bad";
@@ -763,18 +863,29 @@ export interface Visitor {
   readonly closed: boolean;
 }
 
-/** Why a login or a registration is refused. */
-export type Refusal = "wrong" | "unknown" | "exists" | "bad nick" | "closed" | "barred" | "often";
+/** Why a login or a registration is refused; `wait 12` says for how many seconds. */
+export type Refusal = keyof typeof REFUSALS | `${keyof typeof OFTEN} ${number}`;
 
-const REFUSALS: Readonly<Record<Refusal, string>> = {
+const REFUSALS = {
   "wrong": "Wrong password",
   "unknown": "No account of that name",
   "exists": "That nick has an account already",
   "bad nick": `A nick has 1 to ${LIMITS.nick} letters, digits or any of []\\\`_^{|}- and begins with no digit or -`,
   "closed": "Registration is closed; the operator can admit a nick",
   "barred": "The operator keeps this account out",
-  "often": "Too many attempts; try again later",
-};
+  "forgotten": "The operator has deleted this account, and can admit the nick again",
+  "full": "The server has as many accounts as it can keep",
+  "gone": "You have disconnected",
+} as const;
+const OFTEN = { wait: "Too many attempts", crowd: "Too many new accounts from your address" } as const;
+
+/** Says why something is refused. */
+function reasonOf(refusal: Refusal): string {
+  const [, kind, seconds] = /^(wait|crowd) (\d+)$/.exec(refusal) ?? [];
+  if (!kind) return REFUSALS[refusal as keyof typeof REFUSALS];
+  const what = OFTEN[kind as keyof typeof OFTEN];
+  return `${what}: try again in ${seconds} s${kind === "crowd" ? ", or ask the operator for /admit" : ""}`;
+}
 
 /** What follows a message of a SASL exchange: a challenge, success or failure. */
 export type SaslStep<A> =
@@ -788,14 +899,15 @@ export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslSte
 /** The accounts, in memory, and the limits on guessing passwords and hoarding nicks. */
 export class Accounts<A extends Account> {
   closed = false; // registration is, except for admitted nicks
-  readonly admitted = new Set<string>();
-  readonly barred = new Set<string>();
+  readonly barred = new Map<string, "barred" | "forgotten">(); // folded nicks, and networks
   readonly byNick = new Map<string, A>(); // by folded nick
+  readonly #admitted = new Map<string, number>(); // folded nicks: until when, by the monotonic clock
+  readonly #clock: Clock;
   readonly #make: (nick: string, verifier: Verifier, visitor: Visitor) => A;
   readonly #hashing = new Semaphore(LIMITS.scrypts);
-  readonly #registrations: KeyedRateLimit; // per network
+  readonly #registrations: KeyedRateLimit; // per site
   readonly #tries: KeyedRateLimit; // per account and network
-  readonly #networkTries: KeyedRateLimit;
+  readonly #siteTries: KeyedRateLimit;
   readonly #unknownTries: KeyedRateLimit; // per account, from networks where it never logged in
   /**
    * @param make makes the account of a nick
@@ -803,9 +915,10 @@ export class Accounts<A extends Account> {
    */
   constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0, clock = systemClock) {
     this.#make = make;
+    this.#clock = clock;
     this.#registrations = new KeyedRateLimit(clock, LIMITS.newAccountsPerHour / 3600, LIMITS.newAccountsPerHour);
     this.#tries = new KeyedRateLimit(clock, 1 / 30, LIMITS.triesPerAccount);
-    this.#networkTries = new KeyedRateLimit(clock, 1, LIMITS.triesPerNetwork + perAddress);
+    this.#siteTries = new KeyedRateLimit(clock, 1, LIMITS.triesPerNetwork + perAddress);
     this.#unknownTries = new KeyedRateLimit(clock, 1 / 10, LIMITS.triesOfUnknown);
   }
 
@@ -813,28 +926,38 @@ export class Accounts<A extends Account> {
     return this.byNick.get(fold(nick));
   }
 
+  /** Lets a nick register: once, within the hour, whatever other limit there is. */
+  admit(nick: string): void {
+    this.#admitted.set(fold(nick), this.#clock.now() + LIMITS.admitMs);
+  }
+  #isAdmitted(nick: string): boolean {
+    return (this.#admitted.get(fold(nick)) ?? 0) > this.#clock.now();
+  }
+
   /** Makes an account with a password, or with a verifier that the client has made. */
   async register(nick: string, secret: string | Verifier, visitor: Visitor): Promise<A | Refusal> {
     const objection = this.#objectionTo(nick);
     if (objection) return objection;
-    const isExempt = isLoopback(visitor.address) || this.admitted.has(fold(nick));
-    if (!isExempt && !tryCharge(this.#registrations.of(networkOf(visitor.address)))) return "often";
+    const isExempt = isLoopback(visitor.address) || this.#isAdmitted(nick);
+    const waitMs = isExempt ? 0 : tryCharge(this.#registrations.of(siteOf(visitor.address)));
+    if (waitMs) return `crowd ${Math.ceil(waitMs / 1000)}`;
     const keys = typeof secret === "string" ? await this.#hash(secret, visitor) : undefined;
     const verifier = keys ? verifierOf(keys) : secret;
-    if (typeof verifier === "string") return "often"; // it disconnected before its turn
+    if (typeof verifier === "string") return "gone"; // it disconnected before its turn
     const later = this.#objectionTo(nick); // somebody may have been faster
     if (later) return later;
     const account = this.#make(nick, verifier, visitor);
     this.byNick.set(fold(nick), account);
+    this.#admitted.delete(fold(nick));
+    this.barred.delete(fold(nick));
     return account;
   }
   #objectionTo(nick: string): Refusal | undefined {
-    const key = fold(nick);
     if (!isNick(nick)) return "bad nick";
-    if (this.barred.has(key)) return "barred";
-    if (this.byNick.has(key)) return "exists";
-    if (this.closed && !this.admitted.has(key)) return "closed";
-    return this.byNick.size < LIMITS.accounts ? undefined : "often";
+    if (this.byNick.has(fold(nick))) return "exists";
+    if (this.#isAdmitted(nick)) return undefined;
+    if (this.closed) return "closed";
+    return this.barred.get(fold(nick)) ?? (this.byNick.size < LIMITS.accounts ? undefined : "full");
   }
 
   /** Checks a password. */
@@ -890,8 +1013,9 @@ export class Accounts<A extends Account> {
     const [name, network] = [fold(nick), networkOf(address)];
     if (this.barred.has(name)) return "barred";
     const limits = [this.#tries.of(`${name} ${network}`)];
-    if (!networks.has(network)) limits.push(this.#networkTries.of(network), this.#unknownTries.of(name));
-    return tryCharge(...limits) ? limits : "often";
+    if (!networks.has(network)) limits.push(this.#siteTries.of(siteOf(address)), this.#unknownTries.of(name));
+    const waitMs = tryCharge(...limits);
+    return waitMs ? `wait ${Math.ceil(waitMs / 1000)}` : limits;
   }
 
   /** Gives the charge back for an attempt that was right, and remembers the network. */
@@ -1197,16 +1321,25 @@ export interface Peer {
 class Outbox {
   static #due: Outbox[] = []; // to be written at the end of this turn of the event loop
   static #joined: { readonly from: readonly Buffer[]; readonly bytes: Buffer } = { from: [], bytes: EMPTY };
-  isBlocked = false; // the peer takes nothing for now
+  static readonly #blocked = new Set<Outbox>();
   readonly #peer: Peer;
   readonly #onWritten: () => void;
+  readonly #onUnread: () => void;
   #queue: Buffer[] = []; // other outboxes may have the same buffers
   #queuedBytes = 0;
   #isDue = false;
-  /** @param onWritten called when the queue has been written and the peer takes more */
-  constructor(peer: Peer, onWritten: () => void) {
+  /**
+   * @param onWritten called when the queue has been written and the peer takes more
+   * @param onUnread called when this is the longest queue, and all of them are too long
+   */
+  constructor(peer: Peer, onWritten: () => void, onUnread: () => void) {
     this.#peer = peer;
     this.#onWritten = onWritten;
+    this.#onUnread = onUnread;
+  }
+  /** The peer takes nothing for now. */
+  get isBlocked(): boolean {
+    return Outbox.#blocked.has(this);
   }
   /** The bytes that the connection has not taken yet. */
   get queued(): number {
@@ -1226,20 +1359,35 @@ class Outbox {
     if (!queue.length || (this.isBlocked && !force)) return;
     this.#queue = [];
     this.#queuedBytes = 0;
-    this.isBlocked = !this.#peer.write(Outbox.#join(queue));
-    if (!this.isBlocked) this.#onWritten();
+    if (this.#peer.write(Outbox.#join(queue))) this.#onWritten();
+    else Outbox.#blocked.add(this);
   }
   /** The peer takes more. */
   drained(): void {
-    this.isBlocked = false;
+    Outbox.#blocked.delete(this);
     this.flush();
     if (!this.isBlocked) this.#onWritten();
+  }
+  close(): void {
+    Outbox.#blocked.delete(this);
   }
   static #flushDue(): void {
     const due = Outbox.#due;
     Outbox.#due = [];
     for (const outbox of due) outbox.flush();
     Outbox.#joined = { from: [], bytes: EMPTY };
+    Outbox.#bound();
+  }
+  /** Keeps all queues together within their limit: the longest ones go. */
+  static #bound(): void {
+    const queues = Array.from(Outbox.#blocked, (outbox) => ({ outbox, bytes: outbox.queued }));
+    let excess = queues.reduce((sum, { bytes }) => sum + bytes, -LIMITS.allQueuesBytes);
+    if (excess <= 0) return;
+    for (const { outbox, bytes } of queues.sort((one, other) => other.bytes - one.bytes)) {
+      if (excess <= 0) return;
+      excess -= bytes;
+      outbox.#onUnread();
+    }
   }
   /** Joins buffers. Outboxes with the same buffers, one after the other, share the result. */
   static #join(buffers: readonly Buffer[]): Buffer {
@@ -1377,7 +1525,11 @@ export class Session implements Reader, Visitor {
     this.since = host.clock.wall();
     this.active = this.openedAt = host.clock.now();
     this.inbox = new Inbox(this, peer, host.clock);
-    this.outbox = new Outbox(peer, () => this.inbox.isPaused && this.inbox.pump());
+    this.outbox = new Outbox(
+      peer,
+      () => this.inbox.isPaused && this.inbox.pump(),
+      () => this.close("Not reading", true),
+    );
   }
   has(cap: Cap): boolean {
     return (this.caps & CAP[cap]) !== 0;
@@ -1399,11 +1551,11 @@ export class Session implements Reader, Visitor {
     this.inbox.end();
   }
   /** Disconnects a client that sends too much, and reads nothing more from it meanwhile. */
-  flooded(atOnce = false): void {
+  flooded(): void {
     if (this.closed) return;
     if (!this.member) this.#host.failed(this.address, "a connection was closed", "excess flood");
     this.#peer.read(false);
-    this.close("Excess flood", atOnce);
+    this.close("Excess flood", !this.member);
   }
 
   /** Executes a line. An error in doing so ends this session, and nothing else. */
@@ -1457,6 +1609,10 @@ export class Session implements Reader, Visitor {
     this.reply(format("ERROR", [reason]));
     this.#end(reason, true, atOnce);
   }
+  /** Makes way for another connection. */
+  evict(): void {
+    this.close("Too many connections, and you had not logged in", true);
+  }
   /** The connection is lost, or over when everything has been written. The client may reconnect. */
   lost(reason: string, atOnce = true): void {
     if (!this.closed) this.#end(reason, false, atOnce);
@@ -1466,6 +1622,7 @@ export class Session implements Reader, Visitor {
     this.inbox.stop();
     this.#host.closed(this, reason, politely);
     if (politely || !atOnce) this.outbox.flush(true);
+    this.outbox.close();
     this.#peer.end(atOnce);
   }
 }
@@ -1481,7 +1638,7 @@ const DEFAULTS = {
   topic: "", // of that room
   name: "chat", // of the network
   history: 1000, // messages kept per room
-  maxClients: 1000, // connections in all
+  maxClients: 1000, // connections that have logged in
   perAddress: 100, // connections per network
   rate: 10, // units a second that a member may send; 0 lifts the limit
   warning: "", // sent to everybody who enters
@@ -1535,14 +1692,15 @@ export class Server implements Host {
   readonly rooms = new Map<string, Room>(); // by folded name
   readonly lobby: Room; // where everybody lands
   readonly sessions = new Set<Session>();
-  readonly #connections = new Occupancy(); // per network
+  readonly occupancy: Occupancy;
   readonly #failures: KeyedRateLimit; // in the log, per network
   #sweptAt: number;
   unauthenticated = 0; // sessions that have not been welcomed
   constructor(options: ServerOptions = {}) {
     this.options = { ...DEFAULTS, ...options };
-    const { clock, rate, perAddress, history, room, topic } = this.options;
+    const { clock, rate, perAddress, maxClients, history, room, topic } = this.options;
     this.clock = clock;
+    this.occupancy = new Occupancy(perAddress, Math.max(LIMITS.unauthenticated, maxClients / 2));
     this.#sweptAt = clock.now();
     this.#failures = new KeyedRateLimit(clock, LIMITS.failuresPerMinute / 60, LIMITS.failuresPerMinute);
     const register = (nick: string, verifier: Verifier, { address }: Visitor) => {
@@ -1560,27 +1718,25 @@ export class Server implements Host {
   }
   /** Logs what an unauthenticated client failed to do, unless its network fills the log with that. */
   failed(address: string, what: string, why: string): void {
-    if (tryCharge(this.#failures.of(networkOf(address)))) this.log(`${what} from ${address}: ${why}`);
+    if (!tryCharge(this.#failures.of(networkOf(address)))) this.log(`${what} from ${address}: ${why}`);
   }
 
   // ---- Connections
 
-  /** A client has connected. Its session is closed at once if there are too many. */
+  /** A client has connected. Its session is closed at once if it cannot be let in. */
   open(peer: Peer): Session {
+    const { address } = peer;
     const session = new Session(this, peer);
     this.sessions.add(session);
-    const network = networkOf(peer.address);
-    this.#connections.change(network, 1);
+    this.occupancy.enter(session);
     this.unauthenticated++;
-    const { maxClients, perAddress } = this.options;
-    const isCrowded = this.#connections.of(network) > perAddress;
-    if (this.sessions.size > maxClients) session.close("The server is full");
-    else if (isCrowded) session.close("Too many connections from your address");
-    else if (this.unauthenticated > this.maxUnauthenticated) session.close("Too many connections are just logging in");
+    if (this.isFull) session.close("The server is full");
+    else if (this.occupancy.isCrowded(address)) session.close("Too many connections from your address");
+    else if (this.accounts.barred.has(networkOf(address))) session.close("The operator keeps your address out");
     return session;
   }
-  get maxUnauthenticated(): number {
-    return Math.max(LIMITS.unauthenticated, this.options.maxClients / 2);
+  get isFull(): boolean {
+    return this.sessions.size - this.unauthenticated >= this.options.maxClients;
   }
   /** Runs the command of a line, if the client may use it. */
   execute(session: Session, line: Line, reply: Reply): void | Promise<void> {
@@ -1604,7 +1760,7 @@ export class Server implements Host {
   closed(session: Session, reason: string, politely: boolean): void {
     if (!this.sessions.delete(session)) return;
     const { member, address } = session;
-    this.#connections.change(networkOf(address), -1);
+    this.occupancy.leave(session);
     if (session.registration) this.unauthenticated--;
     if (member) this.log(`${member.nick} left from ${address}: ${reason}`);
     if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
@@ -1652,11 +1808,12 @@ export class Server implements Host {
     session.member = member;
     session.mechanism = mechanism;
     session.inbox.rate = member.rate;
+    if (session.registration) session.registration.password = ""; // which is not needed any more
     this.log(`${member.nick} logged in from ${session.address}`);
   }
   /** A login was refused. After too many wrong passwords the connection is closed. */
   refuse(session: Session, nick: string, refusal: Refusal): void {
-    if (refusal !== "unknown") this.failed(session.address, `${nick} was refused`, REFUSALS[refusal].toLowerCase());
+    if (refusal !== "unknown") this.failed(session.address, `${nick} was refused`, reasonOf(refusal).toLowerCase());
     if (!session.registration || refusal !== "wrong") return;
     if (++session.registration.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
   }
@@ -1668,6 +1825,7 @@ export class Server implements Host {
     member.present = true;
     session.registration = undefined;
     this.unauthenticated--;
+    this.occupancy.settle(session);
     return isFirst;
   }
   /** Private messages that a member may not have received: those since it last sent a line. */
@@ -1684,8 +1842,9 @@ export class Server implements Host {
     for (const session of this.sessions) if (session.member === member) session.close(reason);
     if (member.present) this.#leave(member, reason);
   }
-  /** Deletes an account with its private talks. */
+  /** Deletes an account with its private talks. Its nick stays barred, or a running client would register it again. */
   forget(member: Member): void {
+    this.accounts.barred.set(fold(member.nick), "forgotten");
     this.kick(member, "The account was deleted");
     for (const log of member.talks.values()) this.history.forget(log);
     this.accounts.byNick.delete(fold(member.nick));
@@ -1799,7 +1958,8 @@ function completeRegistration(context: Context): void | Promise<void> {
   if (member) {
     const { barred } = server.accounts; // the operator may have acted since the login
     const isOut = barred.has(fold(member.nick)) || server.accounts.find(member.nick) !== member;
-    return isOut ? session.close(REFUSALS.barred) : welcome(context, member, registration.realName);
+    if (isOut || server.isFull) return session.close(isOut ? REFUSALS.barred : "The server is full");
+    return welcome(context, member, registration.realName);
   }
   const { nick, password } = registration;
   if (nick && password) return loginByPass(context, registration);
@@ -1820,7 +1980,7 @@ async function loginByPass(context: Context, registration: Registration): Promis
   if (isNew) result = await server.accounts.register(nick, password, session);
   if (session.closed) return;
   if (typeof result === "string") {
-    reply.numeric("464", REFUSALS[result]);
+    reply.numeric("464", reasonOf(result));
     return server.refuse(session, nick, result);
   }
   server.bindAccount(session, result, "PASS");
@@ -1954,7 +2114,7 @@ async function handleAuthenticate(context: Context): Promise<void> {
   if ("challenge" in step) return;
   registration.sasl = undefined;
   if ("account" in step) return loginBySasl(context, step.account);
-  reply.numeric("904", `SASL authentication failed: ${REFUSALS[step.refusal]}`);
+  reply.numeric("904", `SASL authentication failed: ${reasonOf(step.refusal)}`);
   server.refuse(session, session.nick, step.refusal);
 }
 
@@ -1993,7 +2153,7 @@ async function handleRegister(context: Context): Promise<void> {
   if (session.closed) return;
   if (typeof result === "string") {
     const codes: Partial<Record<Refusal, string>> = { "exists": "ACCOUNT_EXISTS", "bad nick": "BAD_ACCOUNT_NAME" };
-    return fail(codes[result] ?? "TEMPORARILY_UNAVAILABLE", REFUSALS[result]);
+    return fail(codes[result] ?? "TEMPORARILY_UNAVAILABLE", reasonOf(result));
   }
   reply.server("REGISTER", "SUCCESS", nick, "Account registered");
   if (verifier) return; // which proves nothing: SCRAM follows
@@ -2007,19 +2167,18 @@ function handlePass(context: Context): void | Promise<void> {
   const { server, session, member, reply, params: [secret = "", ...more] } = context;
   const { registration } = session;
   if (more.length) return reply.numeric("464", COLON_MISSING);
+  if (!member) {
+    if (registration) registration.password = secret;
+    return completeRegistration(context);
+  }
   const verifier = readVerifier(secret);
-  const mayChange = verifier && session.mechanism.startsWith("SCRAM");
-  if (member && !mayChange) return reply.numeric("462", "You may not reregister");
-  if (verifier === "bad" || (verifier && !member)) {
+  if (!verifier || !session.mechanism.startsWith("SCRAM")) return reply.numeric("462", "You may not reregister");
+  if (verifier === "bad") {
     return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, but is not a valid one");
   }
-  if (member && verifier) {
-    member.verifier = verifier;
-    server.log(`${member.nick} changed the password`);
-    return reply.server("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
-  }
-  if (registration) registration.password = secret;
-  return completeRegistration(context);
+  member.verifier = verifier;
+  server.log(`${member.nick} changed the password`);
+  return reply.server("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
 }
 
 /** NICK: a wish before the login; after it the nick is the account's, and only its case can change. */
@@ -2386,24 +2545,39 @@ export const CONSOLE: Table<ConsoleCommand> = {
     for (const room of server.rooms.values()) deliver(server.happens(room, "NOTICE", SERVER, text), room.members);
     return "said";
   }),
-  kick: row("NICK [REASON]", "end somebody's connections and keep the account out", (server, nick, rest) => {
+  kick: row("NICK [REASON]", "disconnect a member", (server, nick, rest) => {
     const member = server.accounts.find(nick);
     if (!member) return `no account ${nick}`;
-    server.accounts.barred.add(fold(nick));
     server.kick(member, rest ? `Kicked: ${rest}` : "Kicked by the operator");
-    return `${member.nick} is out, and stays out until /admit ${member.nick}`;
+    return `${member.nick} is disconnected, and can come back; /bar ${member.nick} keeps an account out`;
+  }),
+  bar: row("NICK|ADDRESS", "keep an account, or everybody at an address, out", (server, who) => {
+    const isAddress = /[.:]/.test(who); // which no nick contains
+    const key = isAddress ? networkOf(who) : fold(who);
+    server.accounts.barred.set(key, "barred");
+    const member = server.accounts.find(who);
+    if (member) server.kick(member, REFUSALS.barred);
+    for (const session of server.sessions) {
+      if (networkOf(session.address) === key) session.close("The operator keeps your address out");
+    }
+    return `${isAddress ? key : who} stays out until /unbar ${who}`;
+  }),
+  unbar: row("NICK|ADDRESS", "undo /bar, or free the nick of a deleted account", (server, who) => {
+    const wasBarred = server.accounts.barred.delete(/[.:]/.test(who) ? networkOf(who) : fold(who));
+    return wasBarred ? `${who} is not barred any more` : `${who} was not barred`;
   }),
   lock: row("", "stop registration", (server) => setRegistration(server, false)),
   unlock: row("", "let everybody register again", (server) => setRegistration(server, true)),
-  admit: row("NICK", "let a nick register though locked, or back in after /kick", ({ accounts }, nick) => {
-    accounts.barred.delete(fold(nick));
-    accounts.admitted.add(fold(nick));
-    return `${nick} may come in`;
+  admit: row("NICK", "let a nick register once, within the hour, whatever is barred or locked", (server, nick) => {
+    if (!isNick(nick)) return REFUSALS["bad nick"];
+    if (server.accounts.find(nick)) return `${nick} has an account already; /unbar lets it in if it is barred`;
+    server.accounts.admit(nick);
+    return `${nick} can register within the hour: whoever comes first; the log will say from where`;
   }),
   forget: row("NICK", "delete an account", (server, nick) => {
     const member = server.accounts.find(nick);
     if (member) server.forget(member);
-    return member ? `${nick} is not an account any more` : `no account ${nick}`;
+    return member ? `${nick} is deleted; /admit ${nick} lets somebody register it again` : `no account ${nick}`;
   }),
 };
 
@@ -2458,16 +2632,18 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   const warning = "This server prints its TLS keys, for a class: whoever has them can read along";
   const server = new Server({ ...options, binding, ...keylog && { warning } });
   const sockets = new Map<tls.TLSSocket, () => void>(); // with the check of their silent bytes
-  const rawSockets = new Map<string, tls.TLSSocket>(); // the TCP sockets, by the address and port of the client
+  const arrivals = new Map<string, Arrival>(); // by the address and port of the client
   const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout: LIMITS.handshakeMs };
   const certificate = new crypto.X509Certificate(cert);
   const listener = tls.createServer(settings as tls.TlsOptions, (socket) => {
     const { explain } = server.options;
     if (explain) describe(socket, certificate).forEach((fact) => explain(`${farEnd(socket)} ${fact}`));
     socket.on("close", () => sockets.delete(socket));
-    sockets.set(socket, attach(server, socket, rawSockets.get(farEnd(socket))));
+    const arrival = arrivals.get(farEnd(socket));
+    if (arrival) server.occupancy.leave(arrival); // its session takes the place
+    sockets.set(socket, attach(server, socket, arrival?.socket));
   });
-  limitConnections(listener, server, rawSockets);
+  takeIn(listener, server, arrivals);
   if (keylog) listener.on("keylog", keylog);
   listener.on("tlsClientError", ({ message }, socket) => {
     if (socket.remoteAddress) server.failed(socket.remoteAddress, "no TLS", handshakeProblem(message));
@@ -2496,19 +2672,44 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
 
 const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress}:${remotePort}`;
 
-/** Limits the TCP connections: in all and per network, twice as many as there may be sessions. */
-function limitConnections(listener: tls.Server, server: Server, rawSockets: Map<string, tls.TLSSocket>): void {
-  const { maxClients, perAddress } = server.options;
-  const connections = new Occupancy();
-  listener.maxConnections = maxClients + server.maxUnauthenticated;
+/** A TCP connection. */
+interface Arrival extends Occupant {
+  readonly socket: tls.TLSSocket;
+}
+
+/**
+ * Takes in TCP connections. Each has a place from now on. TLS begins at once, or when its site may have one more
+ * handshake: they cost a server far more than its clients.
+ */
+function takeIn(listener: tls.Server, server: Server, arrivals: Map<string, Arrival>): void {
+  const { clock, options: { perAddress } } = server;
+  const paces = new KeyedRateLimit(clock, LIMITS.handshakes * perAddress, LIMITS.handshakeBurst);
+  const [startTls] = listener.listeners("connection") as ((this: tls.Server, socket: tls.TLSSocket) => void)[];
+  listener.removeAllListeners("connection");
   listener.on("connection", (socket: tls.TLSSocket) => {
-    const [network, end] = [networkOf(socket.remoteAddress ?? ""), farEnd(socket)];
-    if (connections.of(network) >= 2 * perAddress) return void socket.destroy();
-    connections.change(network, 1);
-    rawSockets.set(end, socket);
+    const [address = "", end] = [socket.remoteAddress, farEnd(socket)];
+    const arrival = { address, socket, evict: () => void socket.destroy() };
+    arrivals.set(end, arrival);
+    server.occupancy.enter(arrival);
+    const pace = paces.of(siteOf(address));
+    pace.charge(1);
+    let cancel = () => {};
+    const start = () => {
+      cancel = () => {};
+      startTls?.call(listener, socket);
+    };
+    if (pace.throttleMs > 0) {
+      const cancelTimer = clock.after(pace.throttleMs, start);
+      cancel = () => {
+        cancelTimer();
+        pace.refund(1);
+      };
+    } else start();
+    socket.on("error", () => {}); // it may be lost before TLS looks after it
     socket.on("close", () => {
-      connections.change(network, -1);
-      rawSockets.delete(end);
+      cancel();
+      server.occupancy.leave(arrival);
+      arrivals.delete(end);
     });
   });
 }
@@ -2532,8 +2733,8 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   let flowing = true;
   let textBytes = 0; // on the socket that brought text: Node emits a chunk for each record, Deno for several
   let isMerged = false; // a chunk is, of all records that came while the socket was paused
-  let silentBytes = 0; // on the socket that brought none: of handshakes, KeyUpdates and empty records
-  const silent = new RateLimit(server.clock, LIMITS.silentBytes, LIMITS.silentBurst);
+  let silentBytes = raw?.bytesRead ?? 0; // on the socket that brought none: the handshake's, which are not charged
+  const silent = new RateLimit(server.clock, LIMITS.silentBytes, LIMITS.silentStart);
   const session = server.open({
     address: socket.remoteAddress ?? "",
     write(bytes) {
@@ -2573,9 +2774,10 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   return () => {
     if (!flowing) return;
     const bytes = (raw?.bytesRead ?? 0) - textBytes; // falls again when the rest of a record has come
+    if (bytes === silentBytes) return;
     silent.charge(bytes - silentBytes);
     silentBytes = bytes;
-    if (silent.throttleMs > 0) session.flooded(true);
+    if (silent.excess > (session.member ? LIMITS.silentBurst - LIMITS.silentStart : 0)) session.flooded();
   };
 }
 
@@ -2618,17 +2820,65 @@ export function environment(name: string): string | undefined {
   }
 }
 
+/** How many lines could not be written to a standard stream, because nobody reads it or because it fails. */
+const unwritten = new Map<NodeJS.WriteStream, number>();
+
 /**
- * Writes to a standard stream. A failure is an `error` event of it, also where the runtime throws instead (Deno), and
- * must not end a server with all its accounts.
+ * Writes to a standard stream, and never waits for it: a full disk, a reader that has gone and a terminal that nobody
+ * reads must not stop a server. What is lost is counted, and the count is written as soon as something can be.
  */
-function write(stream: NodeJS.WriteStream, text: string | Buffer): boolean {
-  if (!stream.listenerCount("error")) stream.on("error", () => {});
-  try {
-    return stream.write(text);
-  } catch (error) {
-    return stream.emit("error", error);
+function write(stream: NodeJS.WriteStream, text: string): void {
+  if (!unwritten.has(stream)) prepare(stream);
+  const missing = unwritten.get(stream) ?? 0;
+  if (stream.writableLength > LIMITS.unreadBytes) {
+    unwritten.set(stream, missing + 1);
+    if (!missing) stream.once("drain", () => write(stream, ""));
+    return;
   }
+  unwritten.set(stream, 0);
+  const notice = missing ? `chat: ${plural(missing, "line", "lines")} not shown\n` : "";
+  const isForScript = stream === process.stdout && !stream.isTTY;
+  if (notice && isForScript) write(process.stderr, notice);
+  const failed = (error: unknown) => error && unwritten.set(stream, (unwritten.get(stream) ?? 0) + missing + 1);
+  try {
+    stream.write(isForScript ? text : notice + text, failed);
+  } catch (error) { // Deno throws
+    failed(error);
+    stream.emit("error", error);
+  }
+}
+
+/** Keeps a stream that fails from ending the program, and a terminal that nobody reads from stopping it. */
+function prepare(stream: NodeJS.WriteStream): void {
+  unwritten.set(stream, 0);
+  stream.on("error", () => {});
+  if (stream === process.stderr && process.stdout.isTTY) {
+    stream.once("error", ({ message }) => write(process.stdout, `chat: cannot write to standard error: ${message}\n`));
+  }
+  const { _handle: handle } = stream as { _handle?: { setBlocking?(isBlocking: boolean): void } };
+  if (stream.isTTY) handle?.setBlocking?.(false); // where the runtime has it
+}
+
+/** Waits until what was written has been read, or can be read no more. For a terminal that takes some time only. */
+async function flushed(stream: NodeJS.WriteStream): Promise<void> {
+  if (!stream.writableLength) return;
+  await new Promise<void>((done) => {
+    stream.write("", () => done());
+    if (stream.isTTY) setTimeout(done, LIMITS.stopMs);
+  });
+}
+
+/** What keeps a terminal from wrapping rows, and lets it do so again. */
+const AUTOWRAP = environment("TERM") === "dumb" ? { off: "", on: "" } : { off: "\x1b[?7l", on: "\x1b[?7h" };
+
+/**
+ * Writes a line. On a terminal it becomes rows that the terminal does not wrap, and all but the first have a mark in
+ * the margin: what somebody else wrote must not look like a line of the program.
+ */
+function writeLine(stream: NodeJS.WriteStream, text: Clean): void {
+  if (!stream.isTTY) return write(stream, `${text}\n`);
+  const rows = wrap(text, (stream.columns || 80) - 3, AUTOWRAP.off ? cells : cellsAtMost);
+  write(stream, `${AUTOWRAP.off}${rows.join("\n| ")}${AUTOWRAP.on}\n`);
 }
 
 /** How many colours standard output has: 0, 16 or 256. */
@@ -2659,18 +2909,28 @@ function graphemes(text: string): string[] {
   return Array.from(segmenter.segment(text), ({ segment }) => segment);
 }
 
+/** Code points that take two columns: East Asian Wide and Fullwidth (UAX #11), and emoji. */
 const WIDE = new RegExp(
-  "[\\p{EPres}\\uFE0F\\u1100-\\u115F\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3\\uF900-\\uFAFF" +
-    "\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{20000}-\\u{3FFFD}]",
+  "[\\p{EPres}\\u1100-\\u115F\\u2329\\u232A\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3\\uF900-\\uFAFF\\uFE10-\\uFE19" +
+    "\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{16FE0}-\\u{18DF2}\\u{1AFF0}-\\u{1B2FB}\\u{1F200}-\\u{1F265}\\u{20000}-\\u{3FFFD}]",
   "u",
 );
+/** Code points that take none: marks that do not take space, and the vowels and final consonants of Hangul. */
+const ZERO = /[\p{Mn}\p{Me}\p{Cf}\u1160-\u11FF\uD7B0-\uD7FF]/u;
+const EMOJI_SEQUENCE = /^\p{RI}\p{RI}|^\p{Emoji}.*[\uFE0F\u200D\u{1F3FB}-\u{1F3FF}\u20E3]/u;
 
-/** The column width of a text on a terminal. */
+/** The column width of a text on a terminal: what most terminals take it for. */
 export function cells(text: string): number {
   if (/^[ -~]*$/.test(text)) return text.length;
-  const widthOf = (one: string) => WIDE.test(one) ? 2 : /^[\p{M}\p{Cf}]/u.test(one) ? 0 : 1;
-  return graphemes(text).reduce((sum, one) => sum + widthOf(one), 0);
+  const widthOf = (char: string) => WIDE.test(char) ? 2 : ZERO.test(char) ? 0 : 1;
+  return graphemes(text).reduce(
+    (sum, one) => sum + (EMOJI_SEQUENCE.test(one) ? 2 : [...one].reduce((all, char) => all + widthOf(char), 0)),
+    0,
+  );
 }
+
+/** The column width that a text has at most, whatever the terminal takes it for. */
+const cellsAtMost = (text: string) => [...text].reduce((sum, char) => sum + (/[ -~]/.test(char) ? 1 : 2), 0);
 
 /** Joins grapheme clusters into parts that measure at most `most` each. */
 function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: string) => number): string[] {
@@ -2686,21 +2946,21 @@ function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: 
   }
   return parts;
 }
-const rowsOf = (text: string, width: number) => joinUpTo(width, graphemes(text), cells);
+const rowsOf = (text: string, width: number, measure = cells) => joinUpTo(width, graphemes(text), measure);
 
 /**
- * Breaks a text into rows: between words, and within a word that is longer than a row. A link stays whole, so that it
- * can be clicked; the terminal wraps it.
+ * Breaks a text into rows: between words, and within a word that is longer than a row.
  * @param width columns of a row
  */
-export function wrap(text: string, width: number): string[] {
+export function wrap(text: string, width: number, measure = cells): string[] {
   const rows = [""];
   for (const word of text.split(/(?<= )(?=[^ ])/)) {
-    const [last = "", length] = [rows.at(-1), cells(word.trimEnd())];
-    if (cells(last) + length <= width) rows[rows.length - 1] = last + word;
-    else rows.push(...length <= width || word.includes("://") ? [word] : rowsOf(word, width));
+    const [last = "", length] = [rows.at(-1), measure(word.trimEnd())];
+    if (length > width) rows.splice(-1, 1, ...rowsOf(last + word, width, measure));
+    else if (measure(last) + length > width) rows.push(word);
+    else rows[rows.length - 1] = last + word;
   }
-  return rows.map((row) => row.trimEnd()).filter((row, at) => row || at || rows.length === 1);
+  return rows.map((row) => row.trimEnd());
 }
 
 /** What makes a terminal put marks around a paste. Text without them was typed, however fast it came. */
@@ -2984,7 +3244,7 @@ abstract class PersonalUi implements Ui {
 class PlainUi extends PersonalUi {
   protected readonly colours = 0;
   protected show(head: string, text: Clean): void {
-    write(process.stdout, `${head}${text}\n`);
+    writeLine(process.stdout, `${head}${text}` as Clean);
   }
   /** A line break shows that a hidden answer was taken. */
   protected echo(text: string): void {
@@ -3032,10 +3292,11 @@ class PipeUi implements Ui {
   }
   message({ time, nick, text, isAction, isOwn }: Message): void {
     if (isOwn) return;
-    write(process.stdout, `${new Date(time).toISOString()}\t${nick}\t${isAction ? "/me " : ""}${text}\n`);
+    const line = `${new Date(time).toISOString()}\t${nick}\t${isAction ? "/me " : ""}${text}`;
+    writeLine(process.stdout, line as Clean);
   }
   note(text: Clean): void {
-    write(process.stderr, `chat: ${text}\n`);
+    writeLine(process.stderr, `chat: ${text}` as Clean);
   }
   welcome(room: Clean, nick: Clean, others: Clean): void {
     this.note(clean(`in ${room} as ${nick}; here: ${others || "nobody else"}`));
@@ -3060,16 +3321,20 @@ class PipeUi implements Ui {
 /* =====================================================================================================================
  * Full terminal
  * The prompt stays at the bottom, and everything else is shown above it. The prompt and the line being typed are drawn
- * here, in rows one column narrower than the terminal, so that it never wraps them itself. Whatever comes in during one
- * turn of the event loop is drawn at once at its end.
+ * here, in rows one column narrower than the terminal, and while they are drawn the terminal does not wrap. The further
+ * rows of a text have a mark in the margin, so that whatever its width is, no part of it looks like another line.
+ * Whatever comes in during one turn of the event loop is drawn at once at its end.
  * ================================================================================================================== */
 
+const MARGIN = "│ "; // before the further rows of a text
 const NOTHING_DRAWN = { rows: [0] as readonly number[], row: 0, column: 0 };
 
 class TerminalUi extends PersonalUi {
   protected readonly colours = colourDepth();
   #prompt = "" as Clean;
   #printed: string[] = []; // rows that are to be shown above the prompt
+  #isUnread = false; // nobody reads the terminal
+  #unshown = 0; // rows that were dropped meanwhile
   #isDrawDue = false;
   #drawn = NOTHING_DRAWN; // below: the width of each row drawn, and where the cursor is
   #completion: { readonly options: readonly string[]; readonly next: number } | undefined;
@@ -3095,14 +3360,17 @@ class TerminalUi extends PersonalUi {
   }
   protected echo(): void {} // the line is drawn here
   protected override answered(shown: string): void {
-    this.#print([shown]);
+    this.show("", clean(shown));
   }
 
-  /** The further rows of a long text are indented by the width of the head. */
+  /** The further rows of a long text are indented by the width of the head, if it leaves them half of the terminal. */
   protected show(head: string, text: Clean, style?: number): void {
-    const indent = Math.min(cells(head.replace(/\p{Cc}\[[\d;]*m/gu, "")), this.columns >> 1);
-    const [first = "", ...rest] = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
-    this.#print([head + first, ...rest.map((row) => " ".repeat(indent) + row)]);
+    const width = cells(head.replace(/\p{Cc}\[[\d;]*m/gu, ""));
+    const indent = width > this.columns >> 1 ? MARGIN.length : Math.max(MARGIN.length, width);
+    const rows = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
+    const first = width > indent ? head : head + rows.shift();
+    const margin = " ".repeat(indent - MARGIN.length) + this.paint(DIM, MARGIN);
+    this.#print([first, ...rows.map((row) => margin + row)]);
   }
   #pressed(key?: { name?: string; ctrl?: boolean }): void {
     const { line, cursor } = this.editor;
@@ -3123,12 +3391,21 @@ class TerminalUi extends PersonalUi {
 
   #print(rows: readonly string[]): void {
     this.#printed.push(...rows);
+    const excess = this.#isUnread ? this.#printed.length - LIMITS.unreadRows : 0;
+    if (excess > 0) this.#unshown += this.#printed.splice(0, excess).length;
     this.redraw();
   }
   protected redraw(): void {
     if (this.#isDrawDue || this.closed) return;
     this.#isDrawDue = true;
-    setImmediate(() => this.closed || this.#draw(true));
+    setImmediate(() => this.#drawNow());
+  }
+  /** Draws, or waits until somebody reads the terminal. */
+  #drawNow(): void {
+    if (this.closed) return;
+    this.#isUnread = process.stdout.writableLength > LIMITS.unreadBytes;
+    if (this.#isUnread) process.stdout.once("drain", () => this.#drawNow());
+    else this.#draw(true);
   }
   /** Erases what is drawn below, shows the rows that are to be shown, and draws the prompt again. */
   #draw(withPrompt: boolean): void {
@@ -3136,19 +3413,22 @@ class TerminalUi extends PersonalUi {
     const columns = this.columns; // the terminal may have become narrower, and have wrapped the rows
     const above = this.#drawn.rows.slice(0, this.#drawn.row).map((width) => Math.max(1, Math.ceil(width / columns)));
     const up = above.reduce((sum, rows) => sum + rows, 0) + Math.floor(this.#drawn.column / columns);
-    let out = `\r${up ? `\x1b[${up}A` : ""}\x1b[J${this.#printed.map((row) => `${row}\r\n`).join("")}`;
+    const printed = this.#printed;
+    if (this.#unshown) printed.unshift(`-- ${plural(this.#unshown, "line", "lines")} not shown`);
     this.#printed = [];
+    this.#unshown = 0;
     this.#drawn = NOTHING_DRAWN;
+    let out = `${AUTOWRAP.off}\r${up ? `\x1b[${up}A` : ""}\x1b[J${printed.map((row) => `${row}\r\n`).join("")}`;
     if (withPrompt) {
-      const { rows, row, column } = this.#layOut(columns - 1);
+      const { rows, row, before } = this.#layOut(columns - 1);
       const below = rows.length - 1 - row;
-      out += `${rows.join("\r\n")}${below ? `\x1b[${below}A` : ""}\r${column ? `\x1b[${column}C` : ""}`;
-      this.#drawn = { rows: rows.map(cells), row, column };
+      out += `${rows.join("\r\n")}${below ? `\x1b[${below}A` : ""}\r${before}`; // whatever its width is
+      this.#drawn = { rows: rows.map((text) => cells(text)), row, column: cells(before) };
     }
-    write(process.stdout, out);
+    write(process.stdout, out + AUTOWRAP.on);
   }
-  /** Lays out the prompt and the line in rows, no more than fit, with the place of the cursor. */
-  #layOut(width: number): { rows: string[]; row: number; column: number } {
+  /** Lays out the prompt and the line in rows, no more than fit, with the cursor's row and what is before it there. */
+  #layOut(width: number): { rows: string[]; row: number; before: string } {
     const { text, hidden } = this.question ?? { text: this.#prompt, hidden: false };
     const { line, cursor } = hidden ? { line: "", cursor: 0 } : this.editor;
     const shown = (part: string) => graphemes(part).map((one) => clean(one)).join("");
@@ -3156,7 +3436,7 @@ class TerminalUi extends PersonalUi {
     const before = rowsOf(text + shown(line.slice(0, cursor)), width);
     const most = Math.max(1, (process.stdout.rows || 24) - 1);
     const top = Math.max(0, before.length - most);
-    return { rows: rows.slice(top, top + most), row: before.length - 1 - top, column: cells(before.at(-1) ?? "") };
+    return { rows: rows.slice(top, top + most), row: before.length - 1 - top, before: before.at(-1) ?? "" };
   }
 }
 
@@ -3196,8 +3476,6 @@ class Lost extends Fault {
   }
 }
 
-const UNREAD_LINES = 10_000; // from the server, while the client asks a person or derives keys
-
 class Link {
   readonly socket: tls.TLSSocket;
   readonly certificate: crypto.X509Certificate | undefined;
@@ -3207,7 +3485,8 @@ class Link {
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
   explain: (text: string) => void = () => {};
-  readonly #lines: Line[] = [];
+  readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
+  #unread = 0; // characters in them
   #wake: () => void = () => {};
   constructor(socket: tls.TLSSocket, clock: Clock) {
     this.socket = socket;
@@ -3219,15 +3498,17 @@ class Link {
       this.isPinged = false;
       this.explain(`read ${recorded(chunk.length)}`);
       splitter.push(chunk);
-      for (let split; (split = splitter.next());) if ("text" in split) this.#take(parse(split.text));
+      for (let split; (split = splitter.next());) if ("text" in split) this.#take(split.text);
     });
     socket.on("error", (error) => this.end(error.message));
     socket.on("close", () => this.end("the server closed the connection"));
   }
-  #take(line: Line): void {
+  #take(text: string): void {
+    const line = parse(text);
     if (line.command === "PING") return this.send("PONG", line.params);
     if (line.command === "ERROR") return this.end(wordsOf(line));
-    if (this.#lines.push(line) > UNREAD_LINES) return this.end("it sends more than can be read");
+    this.#unread = (this.#lines.push(line) === 1 ? 0 : this.#unread) + text.length;
+    if (this.#unread > LIMITS.inputBytes) return this.end("it sends more than can be read");
     this.#wake();
   }
   end(why: string): void {
@@ -3240,6 +3521,7 @@ class Link {
     const line = `${format(command, params, "", tags)}\r\n`;
     this.explain(`wrote ${recorded(Buffer.byteLength(line))}`);
     this.socket.write(line);
+    if (this.socket.writableLength > LIMITS.queueBytes) this.end("it does not read what it is sent");
   }
   /** Drops lines until one has this command, and returns it. @throws {Lost} once the connection has ended */
   async next(command = /^/): Promise<Line> {
@@ -3303,7 +3585,7 @@ function connect({ host, port, ca, keylog, clock }: Settings): Promise<Link> {
     const cancelTimeout = clock.after(LIMITS.handshakeMs, () => fail("timed out"));
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
     socket.on("close", () => fail("closed"));
-    if (keylog) socket.on("keylog", (line) => write(process.stderr, line));
+    if (keylog) socket.on("keylog", (line) => write(process.stderr, line.toString()));
     socket.setNoDelay(true);
     socket.once("secureConnect", () => {
       cancelTimeout();
@@ -3401,13 +3683,19 @@ class Login {
       throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
     }
     const problem = this.#problemOf(certificate, link.socket.authorized);
+    const isOnLoopback = /^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "");
+    const isChecked = this.#options.pin || (problem && !isOnLoopback); // by its pin, or by a person
+    if (isChecked && !isPinnable(certificate.publicKey)) {
+      const hint = "only a chain that leads to a trusted root can vouch for it";
+      throw new Fault("the server's key is neither P-256 nor Ed25519: no pin and no code is safe for it", hint, 3);
+    }
     if (this.#pin) link.trust = "its key is the pinned one";
     else if (!problem) link.trust = "its certificate leads to a trusted root and is for this name";
-    else if (/^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "")) {
-      this.#note(`${host} is this machine: took its key ${pin} unchecked`);
+    else if (isOnLoopback) {
+      this.#note(`accepted its key ${pin} unchecked: it is this machine`);
       if (this.#options.ca) this.#note(`its certificate ${problem}`);
       link.trust = "it is on this machine";
-    } else link.trust = await this.#compare(pin, problem);
+    } else link.trust = await this.#compare(certificate.publicKey, problem);
     if (problem) this.#pin = pin;
     if (link.ended) throw new Lost(link.ended); // during the question
     for (const fact of link.facts()) this.#explain(fact);
@@ -3422,20 +3710,23 @@ class Login {
     if (isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host)) return undefined;
     return `is for ${clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody"}`;
   }
-  /** Has a person compare the end of the key with what the server's screen shows. @returns why it is trusted then */
-  async #compare(pin: string, problem: string): Promise<string> {
+  /** Has a person compare the check code with what the server's screen shows. @returns why it is trusted then */
+  async #compare(key: crypto.KeyObject, problem: string): Promise<string> {
     const { host, port, ui } = this.#options;
-    const question = `The certificate of ${host} ${problem}. Which two groups end the key on the server's screen? `;
-    const answer = (await ui.ask(clean(question)))?.toLowerCase().replace(/[^a-z2-7]/g, "");
-    if (answer === undefined) {
-      const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
-      throw new Fault(`cannot verify this server: its certificate ${problem}`, hint, 3);
+    const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
+    if (!ui.hasPerson) throw new Fault(`cannot verify this server: its certificate ${problem}`, hint, 3);
+    this.#note(`cannot verify ${host}: its certificate ${problem}`);
+    const code = await checkCodeOf(key);
+    for (let tries = 0; tries < LIMITS.codeTries; tries++) {
+      const answer = await ui.ask(clean("The check code on the server's screen: "));
+      if (answer === undefined) throw new Fault("cancelled", hint, 3);
+      if (readBase32(answer, 8) === code) {
+        this.hasAsked = true;
+        return "somebody compared its check code";
+      }
+      this.#note("that is not the check code of the server that answers here");
     }
-    if (answer.length < 8 || !pin.replaceAll("-", "").endsWith(answer)) {
-      throw new Fault("that is not how the key of this server ends", "this may be another server than yours", 3);
-    }
-    this.hasAsked = true;
-    return "somebody compared its key";
+    throw new Fault("this is not the server that you mean, or the code was mistyped", "ask whoever runs it", 3);
   }
 
   // ---- The login
@@ -3451,7 +3742,7 @@ class Login {
       isComplete = command !== "CAP" || params[2] !== "*";
       for (const one of params.at(-1)?.split(" ") ?? []) {
         const [name = "", value = ""] = one.split("=");
-        offered.set(name, value);
+        if (Object.hasOwn(CAP, name)) offered.set(name, value);
       }
     }
     const hasScram = offered.get("sasl")?.split(",").includes("SCRAM-SCRYPT-PLUS");
@@ -3550,7 +3841,7 @@ class Login {
     if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by this client, before the connection broke
     this.keys = undefined;
     const why = wordsOf(line);
-    if (this.#options.nick) throw new Fault(why, OTHER_NICK);
+    if (this.#options.nick || this.isReturning) throw new Fault(why, OTHER_NICK);
     this.#note(why);
     this.nick = "";
   }
@@ -3638,6 +3929,7 @@ class Connection {
         link = await connect(this.#options);
         await this.#use(link);
       } catch (error) {
+        link?.end(error instanceof Error ? error.message : "an error");
         if (!this.isOver) await this.#recover(error, link);
       }
     }
@@ -3727,6 +4019,14 @@ class Conversation {
   }
   get isLoading(): boolean {
     return this.state !== "absent" && this.state !== "live";
+  }
+  add(nick: Clean): void {
+    this.nicks.set(detached(fold(nick)), detached(nick) as Clean);
+    if (this.nicks.size > LIMITS.accounts) throw new Lost("it names too many people");
+  }
+  /** Holds a message until the history has been loaded. */
+  hold(line: Line): void {
+    if (this.held.push(line) > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
 }
 
@@ -3832,7 +4132,7 @@ class Conversations {
   wanted = ""; // the room to talk in once it has been joined
   readonly #transcript: Transcript;
   readonly #sendRequest: (params: readonly string[]) => void;
-  readonly #batches = new Map<string, { readonly target: string; readonly lines: Line[] }>(); // pages of history
+  #batch: { readonly id: string; readonly target: string; readonly lines: Line[] } | undefined; // a page of history
   #pageSize: number = LIMITS.chathistory; // messages that the server gives at once
   #completeUntil = 0; // up to this time no private message was missed
   #hasJoined = false;
@@ -3860,14 +4160,14 @@ class Conversations {
     } else if (!room) return;
     else if (command === "332") room.topic = last;
     else if (command === "353") {
-      for (const nick of last.split(" ").filter(Boolean)) room.nicks.set(fold(nick), clean(nick));
+      for (const nick of last.split(" ").filter(Boolean)) room.add(clean(nick));
     } else if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
   }
   /** The connection was lost: what comes from now on is to be asked for on the next one. */
   disconnected(): void {
     if (!this.#requests) this.#completeUntil = this.#transcript.latest || this.#completeUntil;
     this.#requests = 0;
-    this.#batches.clear();
+    this.#batch = undefined;
     for (const room of this.rooms.values()) room.state = "absent";
   }
   /** The client is online. After a reconnect it asks in which private talks something was said meanwhile. */
@@ -3882,6 +4182,7 @@ class Conversations {
     this.#completeUntil ||= time; // by the server's clock, which need not agree with ours
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
+    if (this.rooms.size > LIMITS.roomsPerMember) throw new Lost("it says that we are in too many rooms");
     this.#hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
@@ -3908,13 +4209,13 @@ class Conversations {
   /** Somebody joined or left a room: shown if it is the current one, and not part of catching up. */
   presence(room: Conversation, nick: Clean, how: Presence): void {
     const wasThere = room.nicks.has(fold(nick));
-    if (how === "joined") room.nicks.set(fold(nick), nick);
+    if (how === "joined") room.add(nick);
     else room.nicks.delete(fold(nick));
     const isChange = wasThere !== (how === "joined");
     if (isChange && room === this.current && !room.isLoading) this.#transcript.presence(nick, how);
   }
   rename(nick: string, to: Clean): void {
-    for (const { nicks } of this.rooms.values()) if (nicks.delete(fold(nick))) nicks.set(fold(to), to);
+    for (const room of this.rooms.values()) if (room.nicks.delete(fold(nick))) room.add(to);
   }
 
   // ---- Messages and history
@@ -3922,7 +4223,7 @@ class Conversations {
   /** Takes a message: shows it, or holds it until its room has caught up. */
   message(line: Line): void {
     const room = this.find(line.params[0] ?? "");
-    if (room?.isLoading) room.held.push(line);
+    if (room?.isLoading) room.hold(line);
     else this.#show(line, "new");
   }
   #show(line: Line, how: Shown): void {
@@ -3932,14 +4233,15 @@ class Conversations {
   takeBatched(line: Line): boolean {
     const [reference = "", , target = ""] = line.params;
     const id = reference.slice(1);
+    const batch = this.#batch;
     if (line.command !== "BATCH") {
-      const batch = this.#batches.get(line.tags.get("batch") ?? "");
-      batch?.lines.push(line);
-      return batch !== undefined;
+      if (!batch || line.tags.get("batch") !== batch.id) return false;
+      if (batch.lines.push(line) > LIMITS.chathistory) throw new Lost("it sends more history than was asked for");
+      return true;
     }
-    const batch = this.#batches.get(id);
-    if (reference.startsWith("+")) this.#batches.set(id, { target, lines: [] });
-    else if (this.#batches.delete(id) && batch) this.#pageCame(batch.target, batch.lines);
+    const isEnd = !reference.startsWith("+");
+    this.#batch = isEnd ? undefined : { id, target, lines: [] };
+    if (isEnd && batch?.id === id) this.#pageCame(batch.target, batch.lines);
     return true;
   }
   #request(...params: readonly string[]): void {
@@ -4522,17 +4824,18 @@ async function mainServe(args: readonly string[]): Promise<number> {
   const [secret, key, cert] = ["CHAT_SECRET", "CHAT_KEY", "CHAT_CERT"].map(environment);
   const identity = makeIdentity({ ...secret && { secret }, ...key && { key }, ...cert && { cert } });
   let ui: Ui | undefined; // the operator's, once the server listens
-  const print = (line: string) => ui ? ui.note(clean(line)) : void write(process.stderr, `chat: ${clean(line)}\n`);
+  const print = (line: string) => ui ? ui.note(clean(line)) : writeLine(process.stderr, clean(`chat: ${line}`));
   const log = (line: string) => print(`${new Date().toTimeString().slice(0, 8)} ${line}`);
   const names = namesOf(host); // before a socket opens: afterwards the report would resolve its addresses by DNS
   const serving = await serve({
     ...options,
     ...{ host, port, identity, log },
-    ...keylog && { keylog: (line: Buffer) => void write(process.stdout, line) },
+    ...keylog && { keylog: (line: Buffer) => write(process.stderr, line.toString()) },
     ...explain && { explain: print },
   });
-  const invitations = names.map((name) => `${CHAT} join ${name}:${serving.port}/${identity.pin}`);
-  if (keylog) print("warning: the TLS keys go to standard output; whoever has them can read along");
+  const pin = isPinnable(identity.publicKey) ? `/${identity.pin}` : ""; // else the chain has to vouch for the key
+  const invitations = names.map((name) => `${CHAT} join ${name}:${serving.port}${pin}`);
+  if (keylog) print("warning: the TLS keys go to standard error; whoever has them can read along");
   print(`serving ${serving.server.lobby.name} on ${bracketed(host)}:${serving.port}`);
   for (const invitation of invitations) print(`to join:      ${invitation}`);
   if (names[0] === UNKNOWN) print(`${UNKNOWN} stands for an address of this machine: put it there`);
@@ -4541,14 +4844,23 @@ async function mainServe(args: readonly string[]): Promise<number> {
   if (isLoopback(host)) {
     print(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
   }
+  const printCode = (code: string) => print(`check code:   ${code}, which join asks for where the pin was left out`);
+  if (pin) void checkCodeOf(identity.publicKey).then(printCode); // it takes a moment, and must not delay the rest
   await new Promise<void>((stop) => {
-    for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => stop());
+    onSignal(stop);
     if (process.stdin.isTTY && process.stdout.isTTY) ui = openConsole(serving.server, invitations, print, stop);
   });
   log("stopping");
   await serving.stop("The server is stopping");
   ui?.close();
   return 0;
+}
+
+/** Calls `stop` when the program is to end. Without a terminal a hang-up means nothing: it is what nohup is for. */
+function onSignal(stop: () => void): void {
+  const hasTerminal = [process.stdin, process.stdout, process.stderr].some(({ isTTY }) => isTTY);
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, stop);
+  process.on("SIGHUP", () => hasTerminal && stop());
 }
 
 /** Opens the operator's console. Stopping a room that is not empty has to be confirmed. */
@@ -4626,7 +4938,7 @@ async function mainJoin(args: readonly string[]): Promise<number> {
   }
   const ui = openUi(plain);
   const leave = new AbortController();
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => leave.abort());
+  onSignal(() => leave.abort());
   try {
     const timeoutMs = timeout && 1000 * timeout;
     const settings = { pin, nick, room, password, ca, explain, keylog, timeoutMs, ui, signal: leave.signal };
@@ -4651,9 +4963,15 @@ export async function main([command = "", ...args]: readonly string[]): Promise<
     return 0;
   } catch (error) {
     const { message, hint, status = 1 } = error as Partial<Fault>;
-    write(process.stderr, `chat: ${clean(`${message}`)}\n${hint ? `chat: hint: ${clean(hint)}\n` : ""}`);
+    writeLine(process.stderr, clean(`chat: ${message}`));
+    if (hint) writeLine(process.stderr, clean(`chat: hint: ${hint}`));
     return status;
   }
 }
 
-if (import.meta.main) void main(process.argv.slice(2)).then((status) => process.exit(status));
+if (import.meta.main) {
+  void main(process.argv.slice(2)).then(async (status) => {
+    await Promise.all([process.stdout, process.stderr].map(flushed));
+    process.exit(status);
+  });
+}

@@ -136,13 +136,13 @@ test("a verifier is read as it was formatted, and every other form is rejected",
       `${text}x`,
       text.replace(":", ":AA"),
       text.toLowerCase(),
-      "SCRAM-",
-      "scram-scrypt$",
     ]
   ) {
     assert.equal(chat.readVerifier(bad), "bad", bad);
   }
-  assert.equal(chat.readVerifier("secret"), undefined);
+  for (const password of ["secret", "SCRAM-", "scram-scrypt$", "SCRAM-SCRYPT$1:x", `${text} `]) {
+    assert.equal(chat.readVerifier(password), undefined, password);
+  }
 });
 
 test("a network is an IPv4 address, or the /64 of an IPv6 address", () => {
@@ -153,6 +153,8 @@ test("a network is an IPv4 address, or the /64 of an IPv6 address", () => {
   assert.equal(chat.networkOf("2001:db8::6"), "2001:db8:0:0::/64");
   assert.equal(chat.networkOf("::1"), "0:0:0:0::/64");
   assert.equal(chat.networkOf("fe80::1%eth0"), "fe80:0:0:0::/64");
+  assert.equal(chat.networkOf("2001:db8:1:2::6", 48), "2001:db8:1::/48");
+  assert.equal(chat.networkOf("10.1.2.3", 48), "10.1.2.3");
 });
 
 /** A client at an address. */
@@ -166,6 +168,9 @@ const TRIES_PER_NETWORK = chat.LIMITS.triesPerNetwork + PER_ADDRESS;
 interface TestAccount extends chat.Account {
   readonly networks: Set<string>;
 }
+
+/** A refusal, or "often" for one that says for how many seconds. */
+const kindOf = (refusal: chat.Refusal) => refusal.replace(/^(wait|crowd) \d+$/, "often");
 
 /** A map of accounts on a clock that stands still. */
 class TestAccounts extends chat.Accounts<TestAccount> {
@@ -187,7 +192,7 @@ class TestAccounts extends chat.Accounts<TestAccount> {
   /** Logs in by password. @returns "in", or why not */
   async enter(nick: string, password: string, address: string): Promise<string> {
     const result = await this.login(nick, password, from(address));
-    return typeof result === "string" ? result : "in";
+    return typeof result === "string" ? kindOf(result) : "in";
   }
 
   /** Logs in by SCRAM. @returns "in", or why not */
@@ -197,7 +202,7 @@ class TestAccounts extends chat.Accounts<TestAccount> {
     for (let message = String((await client.next()).value);;) {
       const step = await exchange(message);
       if ("account" in step) return "in";
-      if ("refusal" in step) return step.refusal;
+      if ("refusal" in step) return kindOf(step.refusal);
       const next = await client.next(step.challenge);
       message = next.done ? "" : next.value; // an empty message accepts the server's proof
     }
@@ -358,6 +363,30 @@ test("an account remembers the networks that it used last, and treats older ones
   for (const address of recent) assert.equal(await accounts.enter("ana", "right", address), "in");
 });
 
+test("a refusal says for how many seconds, and it is true", async (t) => {
+  const accounts = await withAna(t);
+  await accounts.guess("ana", ELSEWHERE, chat.LIMITS.triesPerAccount);
+  accounts.clock.tick(12_345);
+  assert.equal(await accounts.login("ana", "right", from(ELSEWHERE)), "wait 18");
+  accounts.clock.tick(18_000);
+  assert.equal(await accounts.enter("ana", "right", ELSEWHERE), "in");
+});
+
+test("the /64 networks of one IPv6 /48 share their attempts on all accounts together, and their registrations", async (t) => {
+  const accounts = await withAna(t);
+  await accounts.add(...names("n", TRIES_PER_NETWORK));
+  for (let at = 0; at < TRIES_PER_NETWORK; at++) await accounts.guess(`n${at}`, `2001:db8:1:${at.toString(16)}::1`, 1);
+  assert.equal(await accounts.enter("n0", "right", "2001:db8:1:ffff::1"), "often");
+  assert.equal(await accounts.enter("n0", "right", "2001:db8:2:ffff::1"), "in");
+  const verifier = chat.verifierOf(await chat.deriveKeys("right"));
+  const register = (nick: string, network: string) => accounts.register(nick, verifier, from(`2001:db8:${network}::1`));
+  for (let at = 0; at < chat.LIMITS.newAccountsPerHour; at++) {
+    assert.equal(typeof await register(`new${at}`, `3:${at}`), "object");
+  }
+  assert.equal(await register("late", "3:fff"), "crowd 180");
+  assert.equal(typeof await register("late", "4:fff"), "object");
+});
+
 // ---- Hashing in turn
 
 test("200 password logins of one network at once all get in, in turn with those of other networks", async (t) => {
@@ -426,7 +455,7 @@ test("a network can register 20 accounts at once, then one every three minutes",
   const verifier = chat.verifierOf(await chat.deriveKeys("right"));
   const register = async (nick: string, address: string) => {
     const result = await accounts.register(nick, verifier, from(address));
-    return typeof result === "string" ? result : "registered";
+    return typeof result === "string" ? kindOf(result) : "registered";
   };
   for (const nick of names("n", chat.LIMITS.newAccountsPerHour)) {
     assert.equal(await register(nick, ELSEWHERE), "registered");
@@ -436,11 +465,30 @@ test("a network can register 20 accounts at once, then one every three minutes",
   accounts.clock.tick(3_600_000 / chat.LIMITS.newAccountsPerHour);
   assert.equal(await register("late", ELSEWHERE), "registered");
   assert.equal(await register("later", ELSEWHERE), "often");
-  accounts.admitted.add("later");
+  accounts.admit("later");
   assert.equal(await register("Later", ELSEWHERE), "registered", "the operator has admitted the nick");
   for (const nick of names("local", 3 * chat.LIMITS.newAccountsPerHour)) {
     assert.equal(await register(nick, "::1"), "registered", "loopback has no limit");
   }
+});
+
+test("an admitted nick can be registered once, within the hour, though registration is closed and the nick barred", async (t) => {
+  const accounts = await withAna(t);
+  const register = async (nick: string) => {
+    const result = await accounts.register(nick, "right", from(ELSEWHERE));
+    return typeof result === "string" ? result : "registered";
+  };
+  accounts.barred.set("bo", "forgotten");
+  assert.equal(await register("bo"), "forgotten");
+  accounts.admit("Bo");
+  accounts.clock.tick(chat.LIMITS.admitMs);
+  assert.equal(await register("bo"), "forgotten", "an hour has passed");
+  accounts.closed = true;
+  accounts.admit("bo");
+  assert.equal(await register("cy"), "closed");
+  assert.equal(await register("bo"), "registered");
+  accounts.byNick.delete("bo");
+  assert.equal(await register("bo"), "closed", "it was admitted once");
 });
 
 test("of two clients that register the same nick at once, one gets it", async (t) => {
@@ -454,5 +502,7 @@ test("the number of accounts is limited", async (t) => {
   const accounts = await withAna(t);
   await accounts.add(...names("m", chat.LIMITS.accounts - accounts.byNick.size));
   const verifier = chat.verifierOf(await chat.deriveKeys("right"));
-  assert.equal(await accounts.register("onemore", verifier, from("127.0.0.1")), "often");
+  assert.equal(await accounts.register("onemore", verifier, from("127.0.0.1")), "full");
+  accounts.admit("onemore");
+  assert.equal(typeof await accounts.register("onemore", verifier, from("127.0.0.1")), "object");
 });

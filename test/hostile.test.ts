@@ -5,6 +5,7 @@ import crypto from "node:crypto";
 import fs from "node:fs";
 import net from "node:net";
 import { test, type TestContext } from "node:test";
+import tls from "node:tls";
 import * as chat from "../chat.ts";
 import {
   dial,
@@ -29,15 +30,16 @@ const turn = () => new Promise((next) => setImmediate(next));
 
 /** A connection without a socket. With `keeps` it keeps what the server writes. */
 class Wire implements chat.Peer {
-  readonly address = "127.0.0.1";
+  readonly address: string;
   readonly session: chat.Session;
   readonly keeps: boolean;
   out = "";
   ended = false;
   flowing = true;
   #sent = 0;
-  constructor(server: chat.Server, keeps = false) {
+  constructor(server: chat.Server, keeps = false, address = "127.0.0.1") {
     this.keeps = keeps;
+    this.address = address;
     this.session = server.open(this);
   }
   write(bytes: Buffer): boolean {
@@ -268,7 +270,7 @@ test("a kick also closes a connection that has logged in and has not been welcom
   await halfway.wait(/ 903 /);
   const eve = server.accounts.find("eve");
   assert.ok(eve);
-  server.accounts.barred.add("eve");
+  server.accounts.barred.set("eve", "barred");
   server.kick(eve, "out");
   assert.deepEqual([inside.ended, halfway.ended], [true, true]);
   assert.equal(eve.sessions.size, 0);
@@ -276,11 +278,60 @@ test("a kick also closes a connection that has logged in and has not been welcom
 
 // ---- Limits
 
-test("one more unauthenticated connection than the limit is closed", () => {
+test("when too many connections have not logged in, the oldest of the site with most of them makes way", () => {
   const server = new chat.Server({ perAddress: 10_000, maxClients: 1000 });
-  const wires = Array.from({ length: LIMITS.unauthenticated + 1 }, () => new Wire(server));
-  assert.deepEqual([wires.at(-2)?.ended, wires.at(-1)?.ended], [false, true]);
-  for (const wire of wires) wire.session.close("The test is over");
+  const few = new Wire(server, false, "2001:db8:1::1");
+  const many = Array.from(
+    { length: LIMITS.unauthenticated - 1 },
+    (_, at) => new Wire(server, at === 0, `2001:db8:2:${at.toString(16)}::1`),
+  );
+  const others = [new Wire(server, false, "10.0.0.1"), new Wire(server, false, "10.0.0.2")];
+  assert.deepEqual(many.map(({ ended }) => ended), many.map((_, at) => at < 2));
+  assert.match(many[0]?.out ?? "", /^ERROR :Too many connections, and you had not logged in\r\n$/);
+  assert.ok([few, ...others].every(({ ended }) => !ended));
+  for (const wire of [few, ...many, ...others]) wire.session.close("The test is over");
+});
+
+test("when a network has too many connections, the oldest of its own that has not logged in makes way", async () => {
+  const server = new chat.Server({ perAddress: 3 });
+  const { wire: ana } = await inside(server, "ana");
+  const [first, second, other] = [new Wire(server), new Wire(server), new Wire(server, false, "10.0.0.2")];
+  const third = new Wire(server);
+  assert.deepEqual([ana, first, second, third, other].map(({ ended }) => ended), [false, true, false, false, false]);
+  const members = [await inside(server, "bo"), await inside(server, "cy")];
+  assert.deepEqual([second, third].map(({ ended }) => ended), [true, true]);
+  const late = new Wire(server, true);
+  assert.match(late.out, /^ERROR :Too many connections from your address\r\n$/, "members do not make way");
+  for (const { wire } of members) assert.equal(wire.ended, false);
+});
+
+test("TCP connections count from their accept on, whether they speak TLS or not", async (t) => {
+  const { port } = await serveHere(t, { perAddress: 2 });
+  const sockets = Array.from({ length: 5 }, () => net.connect(port, "127.0.0.1"));
+  const closed = sockets.map((socket) =>
+    new Promise((gone) => socket.resume().on("error", () => {}).on("close", gone))
+  );
+  await Promise.all(closed.slice(0, 3));
+  assert.deepEqual(sockets.slice(3).map(({ destroyed }) => destroyed), [false, false]);
+  const later = await enter(t, port, "ana");
+  await later.sync();
+});
+
+test("handshakes of one network beyond the first ones are spread over time, and those of others are not", async (t) => {
+  const clock = new FakeClock();
+  const { port } = await serveHere(t, { clock, perAddress: 20 });
+  const shake = (localAddress: string) => {
+    const tcp = net.connect({ host: "127.0.0.1", port, localAddress });
+    const socket = tls.connect({ socket: tcp, rejectUnauthorized: false });
+    t.after(() => socket.destroy());
+    return new Promise<string>((done) => socket.on("secureConnect", () => done(localAddress)));
+  };
+  const first = Array.from({ length: LIMITS.handshakeBurst }, () => shake("127.0.0.2"));
+  await Promise.all(first);
+  const [later, other] = [shake("127.0.0.2"), shake("127.0.0.3")];
+  assert.equal(await Promise.race([later, other]), "127.0.0.3");
+  clock.tick(1000 / (LIMITS.handshakes * 20));
+  await later;
 });
 
 test("a TLS handshake that does not end, or does not begin, times out", async (t) => {
@@ -321,19 +372,6 @@ test("a connection that sends nothing is closed after a minute", () => {
     clock.tick(1000);
     server.sweep();
   }
-});
-
-test("one more TCP connection than twice --per-address is closed, whether it speaks TLS or not", async (t) => {
-  const { port } = await serveHere(t, { perAddress: 2 });
-  const sockets = Array.from({ length: 5 }, () => net.connect(port, "127.0.0.1"));
-  const closed = sockets.map((socket) =>
-    new Promise((gone) => socket.resume().on("error", () => {}).on("close", () => gone(socket)))
-  );
-  assert.equal(await Promise.race(closed), sockets[4]);
-  for (const socket of sockets) socket.destroy();
-  await Promise.all(closed);
-  const later = await enter(t, port, "ana");
-  await later.sync();
 });
 
 test("a member whose unexecuted input exceeds its limit is disconnected, where reading cannot be paused", async () => {

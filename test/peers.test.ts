@@ -316,11 +316,11 @@ test("join on ngircd says that it is not a chat server, and ends with status 1",
     const script = joinProcess(t, `ana@127.0.0.1:${port}`, args);
     script.end("hello\n");
     assert.equal(await script.ended, 1);
-    assert.ok(script.err.all.endsWith(` unchecked\n${expected}`), script.err.all);
+    assert.ok(script.err.all.endsWith(` unchecked: it is this machine\n${expected}`), script.err.all);
     assert.equal(script.out.all, "");
   }
   const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`], { columns: 120 });
   await ana.wait(/\[exit 1\]/);
   const screen = ana.screen({ history: true });
-  assert.ok(screen.endsWith(` unchecked\n${expected}[exit 1]`), screen);
+  assert.ok(screen.endsWith(` unchecked: it is this machine\n${expected}[exit 1]`), screen);
 });

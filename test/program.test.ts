@@ -222,7 +222,7 @@ test("serve prints how to join and logs who registers, logs in and leaves, but n
   assert.equal(server.out.all, "");
 });
 
-for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+for (const signal of ["SIGINT", "SIGTERM"] as const) {
   test(`on ${signal} the server notifies everybody and ends with status 0`, async (t) => {
     const server = await serveProcess(t);
     const ana = await enter(t, server.port, "ana");
@@ -232,6 +232,16 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     assert.equal(await server.ended, 0);
   });
 }
+
+test("without a terminal a server goes on after a hang-up, as nohup expects", async (t) => {
+  const server = await serveProcess(t);
+  const ana = await enter(t, server.port, "ana");
+  server.child.kill("SIGHUP");
+  server.child.kill("SIGHUP");
+  await enter(t, server.port, "bo"); // both signals have arrived by now
+  await ana.sync();
+  assert.doesNotMatch(ana.all, /ERROR/);
+});
 
 for (const runtime of ["binary", "node", "deno"] as const) {
   test(`a server goes on when nobody reads its log any more (${runtime})`, async (t) => {

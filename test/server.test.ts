@@ -1,5 +1,6 @@
 // The protocol as a client sees it, most of it over TLS.
 import assert from "node:assert/strict";
+import crypto from "node:crypto";
 import { createHash } from "node:crypto";
 import { test, type TestContext } from "node:test";
 import * as chat from "../chat.ts";
@@ -1038,17 +1039,85 @@ test("the operator can lock and unlock registration, admit, kick, forget, and sa
   order("kick", "bo", "enough");
   await bo.wait(/ERROR :Kicked: enough\r\n/);
   await ana.wait(/:bo!bo@chat QUIT :Kicked: enough\r\n/);
+  await enter(t, port, "bo");
+});
+
+test("a barred account or address is disconnected and kept out until the operator lifts that", async (t) => {
+  const { bo, port, server } = await two(t);
+  const order = (name: string, who: string) => String(chat.CONSOLE[name]?.run(server, who, ""));
+  order("bar", "Bo");
+  await bo.wait(/ERROR :The operator keeps this account out\r\n/);
   const back = await dial(t, port);
   back.send("PASS secret", "NICK bo", "USER b 0 * :b");
-  await back.wait(/ 464 bo :The operator keeps this account out/);
-  order("admit", "bo");
+  await back.wait(/ 464 bo :The operator keeps this account out\r\n/);
+  assert.match(order("admit", "bo"), /has an account already; \/unbar/);
+  order("unbar", "bo");
   back.send("PASS secret");
   await back.wait(/ 001 bo /);
+  order("bar", "127.0.0.1");
+  await back.wait(/ERROR :The operator keeps your address out\r\n/);
+  await (await dial(t, port)).wait(/ERROR :The operator keeps your address out\r\n/);
+  assert.match(order("unbar", "127.0.0.1"), /is not barred any more/);
+  await enter(t, port, "bo");
+});
+
+test("a deleted account's nick cannot be registered until the operator admits it, and then once", async (t) => {
+  const { bo, port, server } = await two(t);
+  const order = (name: string, who: string) => String(chat.CONSOLE[name]?.run(server, who, ""));
   order("forget", "bo");
-  await back.wait(/ERROR :The account was deleted/);
+  await bo.wait(/ERROR :The account was deleted/);
   const fresh = await dial(t, port);
   fresh.send("PASS other", "NICK bo", "USER b 0 * :b");
+  await fresh.wait(/ 464 bo :The operator has deleted this account, and can admit the nick again\r\n/);
+  order("admit", "bo");
+  fresh.send("PASS other");
   await fresh.wait(/bo is registered now/);
+  order("forget", "bo");
+  assert.match(order("unbar", "bo"), /is not barred any more/);
+  await enter(t, port, "bo", "", "a third one");
+});
+
+test("a password that begins like a verifier registers and logs in by PASS, PLAIN, REGISTER and SCRAM", async (t) => {
+  const { port } = await serveHere(t);
+  const roads = ["PASS", "REGISTER"] as const;
+  for (const [at, password] of ["SCRAM-", "SCRAM-SCRYPT$32768:x", "scram-scrypt$a:b$c:d"].entries()) {
+    for (const road of roads) {
+      const nick = `${road}${at}`;
+      const first = await dial(t, port);
+      if (road === "PASS") first.send(`PASS ${password}`, `NICK ${nick}`, "USER u 0 * :u");
+      else first.send("CAP LS", `NICK ${nick}`, "USER u 0 * :u", `REGISTER * * ${password}`, "CAP END");
+      await first.wait(/ 001 /);
+      await enter(t, port, nick, "", password);
+      const plain = await dial(t, port);
+      const message = Buffer.from(`\0${nick}\0${password}`).toString("base64");
+      plain.send("CAP REQ sasl", `NICK ${nick}`, "USER u 0 * :u", "AUTHENTICATE PLAIN", `AUTHENTICATE ${message}`);
+      await plain.wait(/ 903 /);
+      const scram = chat.scramClient(
+        nick,
+        (salt) => chat.deriveKeys(password, salt),
+        crypto.createHash("sha256").update(plain.socket.getPeerX509Certificate()?.raw ?? "").digest(),
+      );
+      const by = await dial(t, port);
+      by.send("CAP REQ sasl", `NICK ${nick}`, "USER u 0 * :u", "AUTHENTICATE SCRAM-SCRYPT-PLUS");
+      await by.wait(/AUTHENTICATE \+\r\n/);
+      for (let step = await scram.next(); !step.done;) {
+        by.send(`AUTHENTICATE ${Buffer.from(step.value).toString("base64")}`);
+        const [, answer = ""] = await by.wait(/AUTHENTICATE (\S+)\r\n/);
+        step = await scram.next(Buffer.from(answer, "base64").toString());
+      }
+      by.send("AUTHENTICATE +");
+      await by.wait(/ 903 /);
+    }
+  }
+});
+
+test("the password of PASS is forgotten when another way to log in has succeeded", async (t) => {
+  const { port, server } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("CAP LS", "PASS unused", "NICK ana", "USER a 0 * :a", "REGISTER * * secret");
+  await irc.wait(/ 900 /);
+  const [session] = server.sessions;
+  assert.equal(session?.registration?.password, "");
 });
 
 // ---- Limits
@@ -1105,18 +1174,18 @@ class TestPeer implements chat.Peer {
   }
 }
 
-test("unauthenticated connections are limited, and a login makes place for another one", async () => {
-  const server = new chat.Server({ clock: new FakeClock(), perAddress: 1000 });
-  const peers = Array.from({ length: chat.LIMITS.unauthenticated }, () => new TestPeer(server));
-  const [first] = peers;
-  assert.ok(first && peers.every(({ isEnded }) => !isEnded));
-  const late = new TestPeer(server);
-  assert.match(late.written, /^ERROR :Too many connections are just logging in\r\n/);
-  assert.ok(late.isEnded);
-  first.send("PASS secret", "NICK ana", "USER ana 0 * :Ana");
-  await first.wait(/ 366 /);
-  assert.equal(new TestPeer(server).isEnded, false);
-  assert.equal(new TestPeer(server).isEnded, true);
+test("a full server says so, and a login does not make a member's connection too many", async () => {
+  const server = new chat.Server({ clock: new FakeClock(), maxClients: 2 });
+  const peers = ["ana", "bo", "cy"].map((nick) => ({ nick, peer: new TestPeer(server) }));
+  const logIn = (peer: TestPeer | undefined, nick: string) =>
+    peer?.send(`PASS secret`, `NICK ${nick}`, `USER u 0 * :u`);
+  for (const { nick, peer } of peers.slice(0, 2)) {
+    logIn(peer, nick);
+    await peer.wait(/ 366 /);
+  }
+  logIn(peers[2]?.peer, "cy");
+  await peers[2]?.peer.wait(/ERROR :The server is full\r\n/);
+  assert.match(new TestPeer(server).written, /^ERROR :The server is full\r\n$/);
 });
 
 /** A server with a member whose client takes everything, and so many rooms that LIST fills more than the queue. */

@@ -12,6 +12,7 @@ import {
   serveHere,
   serveProcess,
   Terminal,
+  until,
   wants,
 } from "./helpers.ts";
 
@@ -47,7 +48,7 @@ for (const runtime of Object.keys(RUNTIMES) as Runtime[]) {
       bo.send("PRIVMSG #chat :said before");
       await bo.sync();
       const ana = new Terminal(t, [...RUNTIMES[runtime](), "join", `127.0.0.1:${port}`]);
-      await ana.wait(/^-- 127\.0\.0\.1 is this machine: took its key ([a-z2-7]{4}-?){6}\s+unchecked\nNick:$/);
+      await ana.wait(/^-- accepted its key ([a-z2-7]{4}-?){6} unchecked: it is this machine\nNick:$/);
       ana.enter("2fast");
       await ana.wait(/-- A nick has 1 to 20/);
       ana.enter("ana");
@@ -247,6 +248,92 @@ test("messages cannot change the terminal's state, whatever bytes and characters
   const colours = ana.screen({ escapes: true }).split("\n").filter((line) => line.includes("the end"));
   assert.doesNotMatch(colours.join(""), /\x1b\[31m/);
 });
+
+/** Texts that fill a row of 80 columns in one way or another, and go on with what looks like a line of the program. */
+const FORGERIES: readonly string[] = [
+  `see://x${"\u00a0".repeat(61)}-- the server asks: /msg eve your password`,
+  `${"\u1100".repeat(34)}21:55 cy    I am cy and I agree`,
+  `${"\u{17000}".repeat(34)}-- cy joined (not)`,
+  `${"\u{1b002}".repeat(34)}-- cy joined (not)`,
+  `${"ক্ষ".repeat(20)} ${"நி".repeat(20)} -- cy joined (not)`,
+  `${"👨‍👩‍👧".repeat(17)}${"x".repeat(100)}-- cy joined (not)`,
+  `${" ".repeat(68)}-- the server asks for your password`,
+  `${"word ".repeat(13)}-- the server asks for your password`,
+  "x".repeat(68) + "-- the server asks for your password",
+];
+
+for (const [mode, args, mark] of [["full", [], /^ +│/], ["plain", ["--plain"], /^\|/]] as const) {
+  test(
+    `no part of a message begins a row in the ${mode} terminal, however wide its characters are`,
+    TMUX,
+    async (t) => {
+      for (const columns of [80, 40]) {
+        const { ana, bo } = await joined(t, { columns, rows: 50, args });
+        bo.send(...FORGERIES.map((text) => `PRIVMSG #chat :${text}`), "PRIVMSG #chat :the end");
+        await ana.wait(/\d bo    the end$/m);
+        const rows = ana.screen({ history: true }).split("\n");
+        const first = rows.findIndex((row) => /^\d\d:\d\d bo\b/.test(row));
+        const shown = rows.slice(first, rows.findIndex((row) => row.includes("the end")));
+        const heads = shown.filter((row) => /^\d\d:\d\d bo\b/.test(row));
+        assert.equal(heads.length, FORGERIES.length, shown.join("\n"));
+        for (const row of shown) {
+          assert.ok(/^\d\d:\d\d bo( |$)/.test(row) || mark.test(row), `${row}\n\n${shown.join("\n")}`);
+        }
+      }
+    },
+  );
+}
+
+test("the column widths of a sample of scripts are those of the terminal", TMUX, async (t) => {
+  const show = 'stty -echo; echo ready; while read -r text; do printf "\\033[2J\\033[H%s" "$text"; done';
+  const terminal = new Terminal(t, ["sh", "-c", show]);
+  await terminal.wait(/ready/);
+  const sample = [
+    ...[
+      "plain",
+      "Käse",
+      "e\u0301x",
+      "Привет",
+      "Ελλάδα",
+      "日本語",
+      "ｆｕｌｌ",
+      "ｱｲ",
+      "한국어",
+      "각",
+      "ᄀᄀᄀ",
+      "😀😀",
+      "🇩🇪",
+    ],
+    ...["\u{17000}\u{17001}", "\u{1b002}", "বাংলা", "हिन्दी", "தமிழ்", "ខ្មែរ", "ไทย", "שלום", "سلام", "↔x", "∑π", "█▒", "①"],
+  ];
+  for (const text of sample) {
+    terminal.enter(text);
+    await until(
+      () => terminal.ask("#{cursor_x}") === String(cells(text)) && terminal.screen().includes(text.slice(0, 1)),
+      () => `${text}: ${terminal.ask("#{cursor_x}")} columns on the terminal, ${cells(text)} by cells`,
+      5_000,
+    );
+  }
+});
+
+test(
+  "an operator's terminal that nobody reads does not stop the server, and says later how many lines are missing",
+  TMUX,
+  async (t) => {
+    const terminal = new Terminal(t, [BINARY, "serve", "127.0.0.1:0", "--explain", "--rate", "0"], { columns: 120 });
+    const [, port = ""] = await terminal.wait(/on 127\.0\.0\.1:(\d+)/);
+    const tmux = Number(terminal.ask("#{pid}"));
+    t.after(() => process.kill(tmux, "SIGCONT"));
+    process.kill(tmux, "SIGSTOP");
+    const [ana, bo] = [await enter(t, Number(port), "ana"), await enter(t, Number(port), "bo")];
+    for (let at = 0; at < 3_000; at++) await ana.sync(); // which makes two rows
+    ana.send("PRIVMSG #chat :still here");
+    await bo.wait(/PRIVMSG #chat :still here/);
+    process.kill(tmux, "SIGCONT");
+    await terminal.wait(/^-- [1-9]\d* lines not shown$/m, { history: true });
+    await terminal.wait(/^>$/m);
+  },
+);
 
 test("no parameter of any line from a server reaches the terminal uncleaned", TMUX, async (t) => {
   const { ana, server } = await joined(t, { columns: 200, rows: 50 });
@@ -833,32 +920,3 @@ test("plain mode writes each line once, without colour, and hides the password",
     await ana.wait(/\[exit 0\]/);
   }
 });
-
-test(
-  "a person compares the key of a server that no trusted root verifies, and a wrong answer ends with status 3",
-  TMUX,
-  async (t) => {
-    const server = await serveProcess(t, [], { address: "0.0.0.0:0" });
-    const ask = () => {
-      // An address of this machine that is not written as loopback.
-      return new Terminal(t, [BINARY, "join", `ana@0.0.0.0:${server.port}`], {
-        columns: 200,
-        env: { CHAT_PASSWORD: "x" },
-      });
-    };
-    const right = ask();
-    await right.wait(
-      /The certificate of 0\.0\.0\.0 leads to no root that is trusted here\. Which two groups end the key on the server's screen\?$/,
-    );
-    right.enter(server.pin.slice(-9).toUpperCase());
-    await right.wait(/Welcome/);
-    const wrong = ask();
-    await wrong.wait(/screen\?$/);
-    wrong.enter("aaaa-bbbb");
-    await wrong.wait(/chat: that is not how the key of this server ends\nchat: hint: .*\n\[exit 3\]/);
-    const lazy = ask();
-    await lazy.wait(/screen\?$/);
-    lazy.enter("yes");
-    await lazy.wait(/\[exit 3\]/);
-  },
-);

@@ -11,6 +11,7 @@ import path from "node:path";
 import { test, type TestContext } from "node:test";
 import tls from "node:tls";
 import {
+  checkCodeOf,
   type Clean,
   Fault,
   type Identity,
@@ -31,6 +32,7 @@ import {
   enter,
   environment,
   FakeClock,
+  freePort,
   joinProcess,
   quickScrypt,
   random,
@@ -42,6 +44,7 @@ import {
   serveProcess,
   Terminal,
   Text,
+  until,
   wants,
 } from "./helpers.ts";
 
@@ -53,7 +56,7 @@ function practice(name: string): Identity {
   const cert = certs(`${name}.pem`);
   const leaf = new crypto.X509Certificate(cert);
   const binding = crypto.createHash("sha256").update(leaf.raw).digest();
-  return { key: certs(`${name}.key`), cert, pin: pinOf(leaf.publicKey), binding };
+  return { key: certs(`${name}.key`), cert, publicKey: leaf.publicKey, pin: pinOf(leaf.publicKey), binding };
 }
 
 interface Case {
@@ -73,7 +76,7 @@ const TRUST: readonly Case[] = [
     host: "localhost",
     ca: false,
     status: 0,
-    says: /^chat: localhost is this machine: took its key \S+ unchecked\n/,
+    says: /^chat: accepted its key \S+ unchecked: it is this machine\n/,
   },
   {
     certificate: "server",
@@ -95,7 +98,7 @@ const TRUST: readonly Case[] = [
     host: "localhost",
     ca: true,
     status: 0,
-    says: /unchecked\nchat: its certificate leads to no root/,
+    says: /unchecked: it is this machine\nchat: its certificate leads to no root/,
   },
   { certificate: "expired", host: "0.0.0.0", ca: true, status: 3, says: /expired on 2025-02-01/ },
   {
@@ -103,7 +106,7 @@ const TRUST: readonly Case[] = [
     host: "localhost",
     ca: true,
     status: 0,
-    says: /unchecked\nchat: its certificate expired on 2025-02-01/,
+    says: /unchecked: it is this machine\nchat: its certificate expired on 2025-02-01/,
   },
   { certificate: "early", host: "0.0.0.0", ca: true, status: 3, says: /is not valid before 2124-01-01/ },
   {
@@ -111,7 +114,7 @@ const TRUST: readonly Case[] = [
     host: "localhost",
     ca: true,
     status: 0,
-    says: /unchecked\nchat: its certificate is for elsewhere\.example/,
+    says: /unchecked: it is this machine\nchat: its certificate is for elsewhere\.example/,
   },
   { certificate: "other", host: "0.0.0.0", ca: true, status: 3, says: /is for elsewhere\.example/ },
 ];
@@ -207,6 +210,76 @@ test("bad keys and certificates are refused at the start, with a hint", () => {
     /CHAT_CA must hold the PEM text of a certificate, not its path\nchat: hint: export CHAT_CA=/,
   );
 });
+
+/** A server at an address that is not written as loopback, with a person at a terminal who joins it. */
+async function comparing(t: TestContext): Promise<{ ana: Terminal; code: string; port: number }> {
+  const identity = makeIdentity({});
+  const { port } = await serveHere(t, { identity, host: "0.0.0.0" });
+  const env = { CHAT_PASSWORD: "secret" };
+  const ana = new Terminal(t, [BINARY, "join", `ana@0.0.0.0:${port}`], { columns: 120, env });
+  await ana.wait(/-- cannot verify 0\.0\.0\.0: its certificate leads to no root that is trusted here\n/);
+  return { ana, port, code: await checkCodeOf(identity.publicKey) };
+}
+
+test(
+  "a person compares the check code, in any case and without its hyphen, and has three tries",
+  wants("tmux"),
+  async (t) => {
+    const { ana, code, port } = await comparing(t);
+    for (const wrong of ["", "mt4q-x7rz"]) {
+      await ana.wait(/The check code on the server's screen:$/);
+      ana.enter(wrong);
+      await ana.wait(/-- that is not the check code of the server that answers here/);
+    }
+    ana.enter(code.toUpperCase().replace("-", " "));
+    await ana.wait(/Welcome to #chat, ana/);
+    assert.match(code, /^[a-z2-7]{4}-[a-z2-7]{4}$/);
+    const eve = new Terminal(t, [BINARY, "join", `eve@0.0.0.0:${port}`], { columns: 120 });
+    for (let at = 1; at <= LIMITS.codeTries; at++) {
+      await eve.wait(new RegExp(`(screen: wrong\\d\n[^]*){${at - 1}}screen:$`));
+      eve.enter(`wrong${at}`);
+    }
+    await eve.wait(/chat: this is not the server that you mean, or the code was mistyped\nchat: hint: .*\n\[exit 3\]/);
+  },
+);
+
+test("serve prints the check code that join asks for, and it is the same for the same secret", async (t) => {
+  const env = { CHAT_SECRET: "a secret of more than 24 characters" };
+  const server = await serveProcess(t, [], { env });
+  const [, code] = await server.err.wait(/^chat: check code: {3}([a-z2-7]{4}-[a-z2-7]{4}), which join asks for/m);
+  assert.equal(code, await checkCodeOf(makeIdentity({ secret: env.CHAT_SECRET }).publicKey));
+});
+
+test(
+  "an RSA key is trusted by its chain, and by no pin: serve prints neither pin nor code",
+  wants("openssl"),
+  async (t) => {
+    const openssl = (...args: readonly string[]) => spawnSync("openssl", args, { encoding: "utf8" });
+    const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-rsa-"));
+    t.after(() => fs.rmSync(folder, { recursive: true }));
+    const [key, cert] = ["key.pem", "cert.pem"].map((name) => path.join(folder, name)) as [string, string];
+    const names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"];
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, ...names);
+    const [keyText, certText] = [key, cert].map((file) => fs.readFileSync(file, "utf8")) as [string, string];
+    const port = await freePort();
+    const env = { CHAT_KEY: keyText, CHAT_CERT: certText };
+    const server = new Running(t, [BINARY, "serve", `0.0.0.0:${port}`], env);
+    await server.err.wait(/to join: +\S+chat join \S+:\d+\n[^]*nothing is written to disk/);
+    const trusted = joinProcess(t, `ana@localhost:${port}`, [], { env: { CHAT_CA: certText } });
+    trusted.end("hello\n");
+    assert.equal(await trusted.ended, 0, trusted.err.all);
+    const pin = pinOf(new crypto.X509Certificate(certText).publicKey);
+    for (const address of [`ana@0.0.0.0:${port}/${pin}`, `ana@localhost:${port}/${pin}`, `ana@0.0.0.0:${port}`]) {
+      const refused = joinProcess(t, address);
+      assert.equal(await refused.ended, 3, address);
+      assert.match(
+        refused.err.all,
+        /key is neither P-256 nor Ed25519: no pin and no code is safe for it\nchat: hint: /,
+      );
+    }
+    assert.doesNotMatch(server.err.all, /check code|[a-z2-7]{4}-[a-z2-7]{4}-/);
+  },
+);
 
 // ---- An attacker between client and server
 
@@ -417,6 +490,10 @@ class HostileServer {
   connections = 0;
   /** Called when a connection has ended. */
   onEnd: (() => void) | undefined;
+  /** Called when a client has been welcomed. */
+  onWelcome: ((socket: tls.TLSSocket) => void) | undefined;
+  /** Sends lines on the latest connection. */
+  send: (...lines: readonly string[]) => void = () => {};
   readonly #attack: Attack;
   readonly #identity: Identity;
   readonly #server: tls.Server;
@@ -442,6 +519,7 @@ class HostileServer {
     const { offers, bait, omits, newline = "\r\n" } = this.#attack;
     const offer = OFFERS[offers[Math.min(this.connections++, offers.length - 1)] ?? ""];
     const send = (...lines: readonly string[]) => lines.forEach((line) => socket.write(line + newline));
+    this.send = send;
     const at = (point: string, ...answer: readonly string[]) => {
       this.reached.add(point);
       send(...bait.get(point) ?? [], ...omits?.has(point) ? [] : answer);
@@ -458,6 +536,7 @@ class HostileServer {
       else if (command === "CAP" && first === "END") {
         at("CAP-END", ":s 001 ana :Welcome", ":s 376 ana :End", ":ana!ana@h JOIN #chat", ":s 353 ana = #chat :ana");
         send(":s 366 ana #chat :End");
+        this.onWelcome?.(socket);
       } else if (command === "NICK" || command === "USER") at(command);
       else if (command === "REGISTER") {
         const verifier = readVerifier(params[2] ?? "");
@@ -509,10 +588,10 @@ const IDLE_TURNS = 50;
 class WillingUi implements Ui {
   readonly hasPerson: boolean;
   readonly questions: string[] = [];
-  readonly #answers: (question: string) => string | undefined;
+  readonly #answers: (question: string) => string | undefined | Promise<string>;
   #events: UiEvents | undefined;
   #accepts = false;
-  constructor(hasPerson: boolean, answers: (question: string) => string | undefined) {
+  constructor(hasPerson: boolean, answers: (question: string) => string | undefined | Promise<string>) {
     this.hasPerson = hasPerson;
     this.#answers = answers;
   }
@@ -658,6 +737,76 @@ test(
     }
   },
 );
+
+/** Lines of which a server sends more and more once the client is in, and what join says about it in the end. */
+const GROWTH: readonly (readonly [what: string, says: RegExp, lines: (count: number) => string])[] = [
+  [
+    "a batch that never ends",
+    /it sends more history than was asked for/,
+    (at) => at ? `@batch=1 :bo!b@c PRIVMSG #chat :${"y".repeat(400)}` : ":s BATCH +1 chathistory #chat",
+  ],
+  ["people without end", /it names too many people/, (at) => `@x=${"y".repeat(500)} :u${at}!b@c JOIN #chat`],
+  ["names without end", /it names too many people/, (at) => `:s 353 ana = #chat :a${at} b${at} c${at} d${at}`],
+  ["rooms without end", /it says that we are in too many rooms/, (at) => `:ana!a@c JOIN #r${at}`],
+  ["PINGs whose answers it does not read", /it does not read what it is sent/, () => `PING :${"p".repeat(500)}`],
+];
+
+for (const [what, says, line] of GROWTH) {
+  test(`join disconnects from a server that sends ${what}, says why, and its memory stays bounded`, async (t) => {
+    const attack: Attack = { offers: ["PLAIN and SCRAM"], bait: new Map() };
+    const server = new HostileServer(attack, hostileIdentity, 60_000);
+    let count = 0;
+    server.onWelcome = (socket) => {
+      socket.pause();
+      const more = () => {
+        const text = Array.from({ length: 200 }, () => `${line(count++)}\r\n`).join("");
+        if (socket.destroyed) return;
+        if (socket.write(text)) setImmediate(more);
+        else socket.once("drain", more);
+      };
+      more();
+    };
+    const port = await server.listen();
+    t.after(() => server.close());
+    const script = joinProcess(t, `ana@127.0.0.1:${port}`);
+    await script.err.wait(says);
+    const status = fs.readFileSync(`/proc/${script.child.pid}/status`, "utf8");
+    const peakMiB = Number(/VmHWM:\s+(\d+)/.exec(status)?.[1]) / 1024;
+    t.diagnostic(`${count} lines, ${Math.round(peakMiB)} MiB`);
+    assert.ok(peakMiB < 300, `${peakMiB} MiB`);
+  });
+}
+
+test("join gives up a server whose CAP LS never ends", async (t) => {
+  const clock = new FakeClock();
+  const attack: Attack = { offers: ["PLAIN and SCRAM"], bait: new Map(), omits: new Set(["CAP-LS"]) };
+  const server = new HostileServer(attack, hostileIdentity, 60_000);
+  const port = await server.listen();
+  t.after(() => server.close());
+  const ui = new WillingUi(false, () => undefined);
+  const result = join({ host: "127.0.0.1", port, ui, nick: "ana", password: "secret", clock }).catch(String);
+  await until(() => server.reached.has("CAP-LS"), () => "it did not ask");
+  server.send(...Array.from({ length: 5000 }, (_, at) => `:s CAP * LS * :cap${at}`));
+  clock.tick(LIMITS.handshakeMs);
+  assert.match(String(await result), /it does not answer as a chat server does/);
+});
+
+test("join gives up a server that sends too much while a person is asked for the password", async (t) => {
+  const attack: Attack = { offers: ["PLAIN and SCRAM"], bait: new Map() };
+  const server = new HostileServer(attack, hostileIdentity, 60_000);
+  const port = await server.listen();
+  t.after(() => server.close());
+  const answered = Promise.withResolvers<string>();
+  const ui = new WillingUi(true, () => answered.promise);
+  const result = join({ host: "127.0.0.1", port, ui, nick: "ana" }).catch(String);
+  await until(() => ui.questions.length > 0, () => "it did not ask");
+  const ended = new Promise((end) => server.onEnd = () => end(undefined));
+  server.send(...Array.from({ length: 2000 }, () => `:s NOTICE * :${"x".repeat(400)}`));
+  await ended;
+  server.close();
+  answered.resolve("secret");
+  assert.match(String(await result), /cannot join|sends more than can be read/);
+});
 
 test("a server that returns with the same key and without SCRAM does not get the password", async (t) => {
   const identity = makeIdentity({});
@@ -822,7 +971,7 @@ test(
     await ana.wait(/registers it:$/);
     ana.enter("secret");
     await ana.wait(
-      /unchecked\nNick: ana\nPassword:\nNo account ana here yet\. The same password again registers it:\nWelcome/,
+      /unchecked: it is this machine\nNick: ana\nPassword:\nNo account ana here yet\. The same password again registers it:\nWelcome/,
     );
   },
 );
