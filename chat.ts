@@ -55,11 +55,12 @@ export const LIMITS = Object.freeze({
   debtUnits: 1_000, // over the rate limit, while reading is paused; a member beyond it is disconnected
   silentBytes: 512, // a second on the socket that bring no text: KeyUpdates, empty records
   silentBurst: 24_576, // of them at once: the beginning of a large record is among them
-  silentStart: 2_048, // of them at once before login, when no large record is sent
+  silentStart: 2_048, // of them at once before login, while the server is busy
   silentMs: 10, // between two checks of them
   // Memory
   inputBytes: 256 * 1024, // received on a connection and not yet executed
   pauseBytes: 256 * 1024, // in a connection's outgoing queue, before its own lines have to wait
+  writeBytes: 64 * 1024, // written to a connection at once; TLS keeps a copy until the network has taken them
   queueBytes: 1024 * 1024, // in a connection's outgoing queue, before it is closed
   allQueuesBytes: 64 * 1024 * 1024, // in all of them, before the connection with the longest one is closed
   historyBytes: 64 * 1024 * 1024, // of all logs together
@@ -88,7 +89,7 @@ export const LIMITS = Object.freeze({
   // The client
   outbox: 500, // lines typed that wait for the connection
   window: 50, // lines sent and not yet acknowledged
-  held: 2_000, // messages of a room whose history is being loaded
+  held: 2_000, // messages of rooms whose history is being loaded
   codeTries: 3, // to type the check code
   steadyMs: 10_000, // for which a connection must have lasted to reset the back-off
   timeoutMs: 30_000, // without progress after the end of the input, before the rest is given up
@@ -930,6 +931,11 @@ export class Accounts<A extends Account> {
   admit(nick: string): void {
     this.#admitted.set(fold(nick), this.#clock.now() + LIMITS.admitMs);
   }
+  /** Keeps out a folded nick, or a network. */
+  bar(key: string): void {
+    this.barred.set(key, "barred");
+    this.#admitted.delete(key);
+  }
   #isAdmitted(nick: string): boolean {
     return (this.#admitted.get(fold(nick)) ?? 0) > this.#clock.now();
   }
@@ -1150,7 +1156,7 @@ export interface Reader {
   readonly nick: string; // by which it is addressed in replies; "*" before it has named one
   readonly isWelcome: boolean; // it has logged in and got its welcome
   share(bytes: Buffer): void; // queues bytes that other connections may get as well
-  reply(body: string, tags: readonly Tag[]): void; // queues a line
+  send(lines: string): void; // queues lines for it alone
 }
 
 /** An account, with the connections that are logged in to it. */
@@ -1208,9 +1214,9 @@ const FORM_BITS = CAP["message-tags"] | CAP["server-time"] | CAP["account-tag"] 
 /** The source of a member's lines. Members have no address here. */
 const sourceOf = (nick: string) => nick === SERVER ? SERVER : `${nick}!${nick}@chat`;
 
-/** Encodes a line, its body cut to what fits. */
-const encode = (body: string, tags: readonly Tag[] = []) =>
-  Buffer.from(`${format(cut(body, LIMITS.bodyBytes - 2), [], "", tags)}\r\n`);
+/** Formats a line as it is sent, its body cut to what fits. */
+const wireLine = (body: string, tags: readonly Tag[] = []) =>
+  `${format(cut(body, LIMITS.bodyBytes - 2), [], "", tags)}\r\n`;
 
 /** The line of an event, as connections with these capabilities get it. */
 function lineOf({ kind, nick, target, text, ...event }: Event, caps: number): [body: string, tags: Tag[]] {
@@ -1228,12 +1234,13 @@ function lineOf({ kind, nick, target, text, ...event }: Event, caps: number): [b
 /** Makes a word of a parameter that stands in the middle of a line, and that a client may have sent. */
 const toWord = (param: string) => param.replace(/^:+| .*/gs, "") || "*";
 
-/** The replies to one line. With a label, or an idempotency key, they are held until the line has been executed. */
+/** The replies to one line. They are sent together when it has been executed. */
 class Reply {
   readonly connection: Reader;
   readonly #label: Tag | undefined; // IRCv3 labeled-response
   readonly #once: Tag | undefined;
-  #held: { readonly body: string; readonly tags: readonly Tag[] }[] | undefined;
+  #lines: { readonly body: string; readonly tags: readonly Tag[] }[] = [];
+  #isOver = false;
   static #batches = 0;
   /** @param tags those of the line */
   constructor(connection: Reader, tags = NO_TAGS) {
@@ -1241,12 +1248,10 @@ class Reply {
     this.connection = connection;
     if (label && label.length <= 64 && connection.caps & CAP["labeled-response"]) this.#label = ["label", label];
     if (once && connection.isWelcome) this.#once = [ONCE, once];
-    if (this.#label || this.#once) this.#held = [];
   }
   /** Replies with a line. */
   line(body: string, tags: readonly Tag[] = []): void {
-    if (this.#held) this.#held.push({ body, tags });
-    else this.connection.reply(body, tags);
+    this.#lines.push({ body, tags });
   }
   /** Replies with a line of the server's. */
   server(command: string, ...params: readonly string[]): void {
@@ -1271,19 +1276,27 @@ class Reply {
     replyWith([["batch", name]]);
     this.server("BATCH", `-${name}`);
   }
-  /** Sends what was held: no reply becomes an ACK, one carries the label, several become a batch that carries it. */
+  /** Sends the replies. With a label, none become an ACK, and several a batch that carries it. */
   end(): void {
-    const held = this.#held;
-    if (!held) return;
-    this.#held = undefined;
+    if (this.#isOver) return;
+    this.#isOver = true;
+    const lines = this.#lines.splice(0);
     const own = [this.#label, this.#once].filter((tag) => tag !== undefined);
-    const isBatch = held[0]?.body.startsWith(`:${SERVER} BATCH`);
-    if (!held.length) this.line(`:${SERVER} ACK`, own);
-    else if (this.#label && held.length > 1 && !isBatch && this.connection.caps & CAP.batch) {
+    const isBatch = lines[0]?.body.startsWith(`:${SERVER} BATCH`);
+    if (!lines.length && own.length) this.line(`:${SERVER} ACK`, own);
+    else if (this.#label && lines.length > 1 && !isBatch && this.connection.caps & CAP.batch) {
       const replyWith = (batch: readonly Tag[]) =>
-        held.forEach(({ body, tags }) => this.line(body, [...batch, ...tags]));
+        lines.forEach(({ body, tags }) => this.line(body, [...batch, ...tags]));
       this.batch(["labeled-response"], replyWith, own);
-    } else held.forEach(({ body, tags }, at) => this.line(body, at === 0 ? [...own, ...tags] : tags));
+    } else lines.forEach(({ body, tags }, at) => this.line(body, at === 0 ? [...own, ...tags] : tags));
+    let text = "";
+    for (const { body, tags } of this.#lines.splice(0)) {
+      text += wireLine(body, tags);
+      if (text.length < LIMITS.writeBytes / 4) continue;
+      this.connection.send(text);
+      text = "";
+    }
+    if (text) this.connection.send(text);
   }
 }
 
@@ -1294,15 +1307,16 @@ function deliver(event: Event, members: Iterable<Member>, reply?: Reply): void {
     for (const session of sessions) {
       const { caps } = session;
       if (event.kind === "TAGMSG" && !(caps & CAP["message-tags"])) continue;
-      if (session !== reply?.connection) session.share(forms[caps & FORM_BITS] ??= encode(...lineOf(event, caps)));
-      else if (!isMessage(event) || caps & CAP["echo-message"]) reply.event(event);
+      if (session !== reply?.connection) {
+        session.share(forms[caps & FORM_BITS] ??= Buffer.from(wireLine(...lineOf(event, caps))));
+      } else if (!isMessage(event) || caps & CAP["echo-message"]) reply.event(event);
     }
   }
 }
 
 /** Sends a line that is not an event to members, on the connections that have requested a capability. */
 function announce(body: string, members: Iterable<Member>, cap?: Cap): void {
-  const bytes = encode(body);
+  const bytes = Buffer.from(wireLine(body));
   for (const { sessions } of members) {
     for (const session of sessions) if (!cap || session.caps & CAP[cap]) session.share(bytes);
   }
@@ -1355,12 +1369,20 @@ class Outbox {
   /** Writes the queue. `force` does so although the peer is not ready: the connection is about to close. */
   flush(force = false): void {
     this.#isDue = false;
-    const queue = this.#queue;
-    if (!queue.length || (this.isBlocked && !force)) return;
-    this.#queue = [];
-    this.#queuedBytes = 0;
-    if (this.#peer.write(Outbox.#join(queue))) this.#onWritten();
-    else Outbox.#blocked.add(this);
+    if (!this.#queue.length) return;
+    while (this.#queue.length && (force || !this.isBlocked)) {
+      if (!this.#peer.write(Outbox.#join(this.#take()))) Outbox.#blocked.add(this);
+    }
+    if (!this.isBlocked) this.#onWritten();
+  }
+  /** Takes from the queue what is written at once: a buffer, and further ones as far as the limit allows. */
+  #take(): readonly Buffer[] {
+    let bytes = 0;
+    const end = this.#queue.findIndex(({ length }, at) => (bytes += length) > LIMITS.writeBytes && at > 0);
+    const taken = end < 0 ? this.#queue : this.#queue.slice(0, end);
+    this.#queue = end < 0 ? [] : this.#queue.slice(end);
+    this.#queuedBytes -= taken.reduce((sum, { length }) => sum + length, 0);
+    return taken;
   }
   /** The peer takes more. */
   drained(): void {
@@ -1369,6 +1391,8 @@ class Outbox {
     if (!this.isBlocked) this.#onWritten();
   }
   close(): void {
+    this.#queue = [];
+    this.#queuedBytes = 0;
     Outbox.#blocked.delete(this);
   }
   static #flushDue(): void {
@@ -1591,9 +1615,12 @@ export class Session implements Reader, Visitor {
     if (!this.outbox.isBlocked || this.outbox.queued <= LIMITS.queueBytes) return;
     setImmediate(() => this.close("Not reading", true)); // not while an event is being delivered
   }
-  reply(body: string, tags: readonly Tag[] = []): void {
+  reply(body: string): void {
+    this.send(wireLine(body));
+  }
+  send(lines: string): void {
     if (this.closed) return;
-    const bytes = encode(body, tags);
+    const bytes = Buffer.from(lines);
     this.inbox.rate.charge(bytes.length / LIMITS.replyBytes); // a short line may have a long reply
     this.outbox.push(bytes);
   }
@@ -1660,9 +1687,12 @@ interface Context {
 }
 type MemberContext = Context & { readonly member: Member };
 
-/** A row in the table of commands. The handler of an early command runs before login, too. */
+/**
+ * A row in the table of commands, with the least number of parameters, and a description for INFO. The handler of an
+ * early command runs before login, too. Of the long ones, whose replies may have a thousand lines, one runs at a time.
+ */
 type Command =
-  & { readonly least: number; readonly about: string } // the least number of parameters; a description for INFO
+  & { readonly least: number; readonly about: string; readonly long?: true }
   & (
     | { readonly early: true; run(context: Context): void | Promise<void> }
     | { readonly early?: false; run(context: MemberContext): void | Promise<void> }
@@ -1694,6 +1724,7 @@ export class Server implements Host {
   readonly sessions = new Set<Session>();
   readonly occupancy: Occupancy;
   readonly #failures: KeyedRateLimit; // in the log, per network
+  readonly #longReplies = new Semaphore(1);
   #sweptAt: number;
   unauthenticated = 0; // sessions that have not been welcomed
   constructor(options: ServerOptions = {}) {
@@ -1754,7 +1785,12 @@ export class Server implements Host {
     }
     const context = { server: this, session, line, reply, params };
     if (command.early) return command.run({ ...context, member });
-    if (member) return command.run({ ...context, member });
+    if (!member) return;
+    if (!command.long) return command.run({ ...context, member });
+    return this.#longReplies.run(networkOf(session.address), async () => {
+      if (!session.closed) await command.run({ ...context, member });
+      await new Promise(setImmediate); // what others have sent meanwhile comes first
+    });
   }
   /** A session has closed. With its last session a member leaves: at once, or if it was lost, after a grace period. */
   closed(session: Session, reason: string, politely: boolean): void {
@@ -1889,7 +1925,9 @@ export class Server implements Host {
     member.rooms.add(room);
     deliver(this.happens(room, "JOIN", member.nick, member.realName), room.members, reply);
     for (const session of member.sessions) {
-      replyWithRoom(session === reply.connection ? reply : new Reply(session), room);
+      const own = session === reply.connection ? reply : new Reply(session);
+      replyWithRoom(own, room);
+      if (own !== reply) own.end();
     }
     if (member.away) this.announceAway(member, room.members);
   }
@@ -2466,12 +2504,12 @@ Object.assign(
     PART: { least: 1, about: "leave rooms", run: handlePart },
     TOPIC: { least: 1, about: "show or set a room's topic", run: handleTopic },
     NAMES: { least: 0, about: "list who is in rooms", run: handleNames },
-    LIST: { least: 0, about: "list rooms", run: handleList },
+    LIST: { least: 0, about: "list rooms", long: true, run: handleList },
     PRIVMSG: { least: 1, about: "say something to rooms or nicks", run: handleMessage },
     NOTICE: { least: 1, about: "the same, never answered", run: handleMessage },
     TAGMSG: { least: 1, about: "send tags only", run: handleMessage },
-    CHATHISTORY: { least: 3, about: "read what was said", run: handleChathistory },
-    WHO: { least: 0, about: "list members", run: handleWho },
+    CHATHISTORY: { least: 3, about: "read what was said", long: true, run: handleChathistory },
+    WHO: { least: 0, about: "list members", long: true, run: handleWho },
     WHOIS: { least: 1, about: "describe a member", run: handleWhois },
     USERHOST: { least: 1, about: "say whether members are away", run: handleUserhost },
     ISON: { least: 1, about: "say which members are here", run: handleIson },
@@ -2552,18 +2590,18 @@ export const CONSOLE: Table<ConsoleCommand> = {
     return `${member.nick} is disconnected, and can come back; /bar ${member.nick} keeps an account out`;
   }),
   bar: row("NICK|ADDRESS", "keep an account, or everybody at an address, out", (server, who) => {
-    const isAddress = /[.:]/.test(who); // which no nick contains
-    const key = isAddress ? networkOf(who) : fold(who);
-    server.accounts.barred.set(key, "barred");
+    const key = keyToBar(who);
+    if (key === undefined) return `${who} is neither a nick nor an address`;
+    server.accounts.bar(key);
     const member = server.accounts.find(who);
     if (member) server.kick(member, REFUSALS.barred);
     for (const session of server.sessions) {
       if (networkOf(session.address) === key) session.close("The operator keeps your address out");
     }
-    return `${isAddress ? key : who} stays out until /unbar ${who}`;
+    return `${key} stays out until /unbar ${key}`;
   }),
   unbar: row("NICK|ADDRESS", "undo /bar, or free the nick of a deleted account", (server, who) => {
-    const wasBarred = server.accounts.barred.delete(/[.:]/.test(who) ? networkOf(who) : fold(who));
+    const wasBarred = server.accounts.barred.delete(keyToBar(who) ?? "");
     return wasBarred ? `${who} is not barred any more` : `${who} was not barred`;
   }),
   lock: row("", "stop registration", (server) => setRegistration(server, false)),
@@ -2580,6 +2618,15 @@ export const CONSOLE: Table<ConsoleCommand> = {
     return member ? `${nick} is deleted; /admit ${nick} lets somebody register it again` : `no account ${nick}`;
   }),
 };
+
+/** What /bar and /unbar mean by a nick, or by an address or network as they are printed; undefined if it is neither. */
+function keyToBar(who: string): string | undefined {
+  if (isNick(who)) return fold(who);
+  const forms = [/^(\d+\.\d+\.\d+\.\d+)(?::\d+)?$/, /^\[([\da-f:.]+)\](?::\d+)?$/i, /^([\da-f:]+)(?:\/64)?$/i];
+  const address = forms.map((form) => form.exec(who)?.[1]).find(Boolean) ?? "";
+  const url = address.includes(":") ? `http://[${address}]` : `http://${address}`; // which URL writes in one way
+  return URL.canParse(url) ? networkOf(new URL(url).hostname.replace(/[[\]]/g, "")) : undefined;
+}
 
 /** Opens or closes registration, and notifies the clients that asked for it (IRCv3 cap-notify). */
 function setRegistration(server: Server, open: boolean): string {
@@ -2631,8 +2678,9 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   const { key, cert, binding } = identity;
   const warning = "This server prints its TLS keys, for a class: whoever has them can read along";
   const server = new Server({ ...options, binding, ...keylog && { warning } });
-  const sockets = new Map<tls.TLSSocket, () => void>(); // with the check of their silent bytes
-  const arrivals = new Map<string, Arrival>(); // by the address and port of the client
+  const sockets = new Map<tls.TLSSocket, Check>();
+  const arrivals = new Map<string, Arrival>(); // before the end of the handshake; by address and port of the client
+  const watch = watchSilence(server, sockets);
   const settings = { key, cert, minVersion: "TLSv1.3", ALPNProtocols: ["irc"], handshakeTimeout: LIMITS.handshakeMs };
   const certificate = new crypto.X509Certificate(cert);
   const listener = tls.createServer(settings as tls.TlsOptions, (socket) => {
@@ -2640,8 +2688,10 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     if (explain) describe(socket, certificate).forEach((fact) => explain(`${farEnd(socket)} ${fact}`));
     socket.on("close", () => sockets.delete(socket));
     const arrival = arrivals.get(farEnd(socket));
+    arrivals.delete(farEnd(socket));
     if (arrival) server.occupancy.leave(arrival); // its session takes the place
     sockets.set(socket, attach(server, socket, arrival?.socket));
+    watch.hurry();
   });
   takeIn(listener, server, arrivals);
   if (keylog) listener.on("keylog", keylog);
@@ -2653,14 +2703,13 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     listener.on("error", (error) => reject(listenFault(error, host, port)));
     listener.listen(port, host, resolve);
   });
-  const timers = [
-    setInterval(() => server.sweep(), 1000),
-    setInterval(() => sockets.forEach((check) => check()), LIMITS.silentMs),
-  ];
+  const sweeping = setInterval(() => server.sweep(), 1000);
   const stop = async (reason: string) => {
-    timers.forEach(clearInterval);
+    clearInterval(sweeping);
+    watch.stop();
     listener.close();
     for (const session of server.sessions) session.close(reason);
+    for (const { socket } of arrivals.values()) socket.destroy();
     const open = [...sockets.keys()];
     const late = setTimeout(() => open.forEach((socket) => socket.destroy()), LIMITS.stopMs);
     await Promise.all(open.map((socket) => new Promise((closed) => socket.on("close", closed))));
@@ -2671,6 +2720,27 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
 }
 
 const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress}:${remotePort}`;
+
+/** Closes a connection that has sent too many bytes which brought no text. */
+type Check = (isBusy: boolean) => void;
+
+/** Checks the silent bytes of all connections: often while there are some that have not logged in. */
+function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>): { hurry(): void; stop(): void } {
+  let timer: NodeJS.Timeout | undefined;
+  let dueAt = 0;
+  const wait = (ms: number) => {
+    clearTimeout(timer);
+    dueAt = performance.now() + ms;
+    timer = setTimeout(run, ms);
+  };
+  const run = () => {
+    const isBusy = performance.now() - dueAt > LIMITS.silentMs; // the turn of the event loop took so long
+    for (const check of sockets.values()) check(isBusy);
+    wait(server.unauthenticated ? LIMITS.silentMs : 10 * LIMITS.silentMs);
+  };
+  wait(LIMITS.silentMs);
+  return { hurry: () => wait(LIMITS.silentMs), stop: () => clearTimeout(timer) };
+}
 
 /** A TCP connection. */
 interface Arrival extends Occupant {
@@ -2709,7 +2779,7 @@ function takeIn(listener: tls.Server, server: Server, arrivals: Map<string, Arri
     socket.on("close", () => {
       cancel();
       server.occupancy.leave(arrival);
-      arrivals.delete(end);
+      if (arrivals.get(end) === arrival) arrivals.delete(end); // else another one has the same port by now
     });
   });
 }
@@ -2725,7 +2795,7 @@ let filler: Buffer | undefined;
  * @param raw the TCP socket below TLS
  * @returns the check of the bytes that brought no text, to be called a few times a second
  */
-function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | undefined): () => void {
+function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | undefined): Check {
   const { explain } = server.options;
   const who = farEnd(socket);
   const isDeno = "Deno" in globalThis; // where pause() does not stop the reading: the session bounds what comes
@@ -2771,13 +2841,14 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   socket.on("drain", () => session.outbox.drained());
   socket.on("error", (error) => session.lost(error.message));
   socket.on("close", () => session.lost("Connection closed"));
-  return () => {
+  return (isBusy) => {
     if (!flowing) return;
     const bytes = (raw?.bytesRead ?? 0) - textBytes; // falls again when the rest of a record has come
     if (bytes === silentBytes) return;
     silent.charge(bytes - silentBytes);
     silentBytes = bytes;
-    if (silent.excess > (session.member ? LIMITS.silentBurst - LIMITS.silentStart : 0)) session.flooded();
+    const isStrict = isBusy && !session.member;
+    if (silent.excess > (isStrict ? 0 : LIMITS.silentBurst - LIMITS.silentStart)) session.flooded();
   };
 }
 
@@ -2830,16 +2901,17 @@ const unwritten = new Map<NodeJS.WriteStream, number>();
 function write(stream: NodeJS.WriteStream, text: string): void {
   if (!unwritten.has(stream)) prepare(stream);
   const missing = unwritten.get(stream) ?? 0;
+  const lines = text.split("\n").length - 1;
   if (stream.writableLength > LIMITS.unreadBytes) {
-    unwritten.set(stream, missing + 1);
-    if (!missing) stream.once("drain", () => write(stream, ""));
+    unwritten.set(stream, missing + lines);
+    if (!missing && lines) stream.once("drain", () => write(stream, ""));
     return;
   }
   unwritten.set(stream, 0);
   const notice = missing ? `chat: ${plural(missing, "line", "lines")} not shown\n` : "";
   const isForScript = stream === process.stdout && !stream.isTTY;
   if (notice && isForScript) write(process.stderr, notice);
-  const failed = (error: unknown) => error && unwritten.set(stream, (unwritten.get(stream) ?? 0) + missing + 1);
+  const failed = (error: unknown) => error && unwritten.set(stream, (unwritten.get(stream) ?? 0) + missing + lines);
   try {
     stream.write(isForScript ? text : notice + text, failed);
   } catch (error) { // Deno throws
@@ -2859,12 +2931,12 @@ function prepare(stream: NodeJS.WriteStream): void {
   if (stream.isTTY) handle?.setBlocking?.(false); // where the runtime has it
 }
 
-/** Waits until what was written has been read, or can be read no more. For a terminal that takes some time only. */
+/** Waits until what was written has been read, or can be read no more. Only for the reader of a script it waits long. */
 async function flushed(stream: NodeJS.WriteStream): Promise<void> {
   if (!stream.writableLength) return;
   await new Promise<void>((done) => {
     stream.write("", () => done());
-    if (stream.isTTY) setTimeout(done, LIMITS.stopMs);
+    if (stream === process.stderr || stream.isTTY) setTimeout(done, LIMITS.stopMs);
   });
 }
 
@@ -3476,6 +3548,8 @@ class Lost extends Fault {
   }
 }
 
+const KNOWN_TAGS: ReadonlySet<string> = new Set(["time", "msgid", "batch", ONCE]); // of which a client keeps nothing else
+
 class Link {
   readonly socket: tls.TLSSocket;
   readonly certificate: crypto.X509Certificate | undefined;
@@ -3504,7 +3578,8 @@ class Link {
     socket.on("close", () => this.end("the server closed the connection"));
   }
   #take(text: string): void {
-    const line = parse(text);
+    const { tags, ...rest } = parse(text);
+    const line = { ...rest, tags: tags.size ? new Map([...tags].filter(([name]) => KNOWN_TAGS.has(name))) : NO_TAGS };
     if (line.command === "PING") return this.send("PONG", line.params);
     if (line.command === "ERROR") return this.end(wordsOf(line));
     this.#unread = (this.#lines.push(line) === 1 ? 0 : this.#unread) + text.length;
@@ -3805,7 +3880,7 @@ class Login {
   async #saslAnswer(link: Link): Promise<string> {
     const line = await link.next(/^(AUTHENTICATE|904)$/);
     if (line.command === "904") { // not because of the password
-      const why = wordsOf(line).replace(/^.*: ./, (head) => head.slice(-1).toLowerCase());
+      const why = wordsOf(line).replace(/^[^:]*: ./, (head) => head.slice(-1).toLowerCase());
       throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
     }
     const message = fromBase64(line.params[0]).toString();
@@ -3990,6 +4065,7 @@ class Connection {
  * ================================================================================================================== */
 
 const HISTORY_SHOWN = 50; // messages, on joining a room
+const MOST_ID = 40; // characters of the id of a message
 const SHOWN_IDS = 5_000; // of the latest messages, remembered
 const MAX_TIME = Date.UTC(9999, 0); // beyond, times have another form
 const PRESENCE_MS = 300; // within which people who join and leave are shown together
@@ -4007,6 +4083,7 @@ const listed = (names: readonly string[], most: number) =>
 class Conversation {
   readonly name: string;
   readonly nicks = new Map<string, Clean>(); // by folded nick
+  widest = 5; // columns of the longest nick that has been in it
   cursor: { readonly id: string; readonly time: number } | undefined; // the last message shown
   /** Pages are loaded: the latest one, or those after the cursor. Meanwhile messages are held. */
   state: "absent" | "live" | "latest page" | "page after cursor" | "next page" = "absent";
@@ -4022,11 +4099,8 @@ class Conversation {
   }
   add(nick: Clean): void {
     this.nicks.set(detached(fold(nick)), detached(nick) as Clean);
+    if (nick.length > this.widest) this.widest = nick.length;
     if (this.nicks.size > LIMITS.accounts) throw new Lost("it names too many people");
-  }
-  /** Holds a message until the history has been loaded. */
-  hold(line: Line): void {
-    if (this.held.push(line) > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
 }
 
@@ -4075,17 +4149,17 @@ class Transcript {
     const isNamed = new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text);
     const isForMe = !isOwn && !isOld && (isPrivate || isNamed);
     const isElsewhere = !isPrivate && room !== current;
-    const nickWidth = Math.max(5, ...[...current?.nicks.values() ?? []].map(cells));
+    const nickWidth = current?.widest ?? 0;
     const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe };
     this.#ui.message({ time, nick, target: clean(target), text, nickWidth, ...kind });
     if (isForMe && this.rings) this.#ui.bell();
   }
   /** Notes that a message is shown. @returns whether it was shown before */
   #markShown(id: string | undefined, time: number, room: Conversation | undefined): boolean {
-    if (id && this.#shown.has(id)) return true;
+    if (id && (id.length > MOST_ID || this.#shown.has(id))) return true;
     if (id && room && time >= (room.cursor?.time ?? 0)) room.cursor = { id, time };
     this.latest = Math.max(this.latest, time);
-    if (id) this.#shown.add(id);
+    if (id) this.#shown.add(detached(id));
     const [oldest = ""] = this.#shown;
     if (this.#shown.size > SHOWN_IDS) this.#shown.delete(oldest);
     return false;
@@ -4182,7 +4256,7 @@ class Conversations {
     this.#completeUntil ||= time; // by the server's clock, which need not agree with ours
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
-    if (this.rooms.size > LIMITS.roomsPerMember) throw new Lost("it says that we are in too many rooms");
+    if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom();
     this.#hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
@@ -4201,6 +4275,12 @@ class Conversations {
       this.wanted = "";
       this.current = room;
     }
+  }
+  /** Forgets a room that another connection of this account has left meanwhile. */
+  #forgetRoom(): void {
+    const absent = [...this.rooms.values()].find(({ state, joinedAt }) => state === "absent" && joinedAt);
+    if (!absent) throw new Lost("it says that we are in too many rooms");
+    this.parted(absent);
   }
   parted(room: Conversation): void {
     this.rooms.delete(fold(room.name));
@@ -4223,8 +4303,10 @@ class Conversations {
   /** Takes a message: shows it, or holds it until its room has caught up. */
   message(line: Line): void {
     const room = this.find(line.params[0] ?? "");
-    if (room?.isLoading) room.hold(line);
-    else this.#show(line, "new");
+    if (!room?.isLoading) return this.#show(line, "new");
+    room.held.push(line);
+    const held = [...this.rooms.values()].reduce((sum, one) => sum + one.held.length, 0);
+    if (held > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
   #show(line: Line, how: Shown): void {
     this.#transcript.show(line, how, this.find(line.params[0] ?? ""), this.current);
@@ -4844,8 +4926,12 @@ async function mainServe(args: readonly string[]): Promise<number> {
   if (isLoopback(host)) {
     print(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
   }
-  const printCode = (code: string) => print(`check code:   ${code}, which join asks for where the pin was left out`);
-  if (pin) void checkCodeOf(identity.publicKey).then(printCode); // it takes a moment, and must not delay the rest
+  const tellCode = (code: string) => {
+    invitations.push(`check code:   ${code}, which join asks for where the pin was left out`);
+    print(invitations.at(-1) ?? "");
+  };
+  const failed = ({ message }: Error) => print(`no check code: ${message}`);
+  if (pin) checkCodeOf(identity.publicKey).then(tellCode, failed); // it takes a moment, and must not delay the rest
   await new Promise<void>((stop) => {
     onSignal(stop);
     if (process.stdin.isTTY && process.stdout.isTTY) ui = openConsole(serving.server, invitations, print, stop);
@@ -4859,7 +4945,7 @@ async function mainServe(args: readonly string[]): Promise<number> {
 /** Calls `stop` when the program is to end. Without a terminal a hang-up means nothing: it is what nohup is for. */
 function onSignal(stop: () => void): void {
   const hasTerminal = [process.stdin, process.stdout, process.stderr].some(({ isTTY }) => isTTY);
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, stop);
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, stop); // a second one ends it at once
   process.on("SIGHUP", () => hasTerminal && stop());
 }
 

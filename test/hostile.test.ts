@@ -305,6 +305,33 @@ test("when a network has too many connections, the oldest of its own that has no
   for (const { wire } of members) assert.equal(wire.ended, false);
 });
 
+test("nothing is written to a connection that was lost in the turn in which it was sent something", async () => {
+  const server = new chat.Server();
+  const wire = new Wire(server, true);
+  wire.send("CAP LS 302");
+  wire.session.lost("reset");
+  await turn();
+  await turn();
+  assert.equal(wire.out, "");
+  assert.equal(wire.session.outbox.queued, 0);
+});
+
+test("a client that connects again from the port of a connection that is being closed takes one place", async (t) => {
+  const { port, server } = await serveHere(t);
+  for (let at = 0; at < 20; at++) {
+    const first = net.connect({ port, host: "127.0.0.1" }).on("error", () => {});
+    await new Promise((connected) => first.once("connect", connected));
+    const { localPort = 0 } = first;
+    first.resetAndDestroy();
+    const again = net.connect({ port, host: "127.0.0.1", localPort });
+    const socket = tls.connect({ socket: again, rejectUnauthorized: false });
+    await new Promise((secure) => socket.once("secureConnect", secure));
+    await until(() => server.occupancy.guests === 1, () => `${server.occupancy.guests} places`);
+    socket.destroy();
+    await until(() => server.occupancy.guests === 0, () => `${server.occupancy.guests} places`);
+  }
+});
+
 test("TCP connections count from their accept on, whether they speak TLS or not", async (t) => {
   const { port } = await serveHere(t, { perAddress: 2 });
   const sockets = Array.from({ length: 5 }, () => net.connect(port, "127.0.0.1"));
@@ -322,7 +349,7 @@ test("handshakes of one network beyond the first ones are spread over time, and 
   const { port } = await serveHere(t, { clock, perAddress: 20 });
   const shake = (localAddress: string) => {
     const tcp = net.connect({ host: "127.0.0.1", port, localAddress });
-    const socket = tls.connect({ socket: tcp, rejectUnauthorized: false });
+    const socket = tls.connect({ socket: tcp, rejectUnauthorized: false }).on("error", () => {});
     t.after(() => socket.destroy());
     return new Promise<string>((done) => socket.on("secureConnect", () => done(localAddress)));
   };

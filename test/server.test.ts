@@ -1061,6 +1061,31 @@ test("a barred account or address is disconnected and kept out until the operato
   await enter(t, port, "bo");
 });
 
+test("/bar takes addresses as they are printed and written, and takes back what was admitted", async () => {
+  const server = new chat.Server();
+  const order = (name: string, who: string) => String(chat.CONSOLE[name]?.run(server, who, ""));
+  const forms = {
+    "10.0.0.1:5000": "10.0.0.1",
+    "[2001:DB8:0:1::5]:8080": "2001:db8:0:1::/64",
+    "2001:0db8:0:1:0::": "2001:db8:0:1::/64",
+    "2001:db8:0:1::/64": "2001:db8:0:1::/64",
+    "::ffff:10.0.0.2": undefined,
+    "10.0.0.0/8": undefined,
+    "ten.zero": undefined,
+    Bo: "bo",
+  };
+  for (const [who, key] of Object.entries(forms)) {
+    assert.equal(
+      order("bar", who),
+      key ? `${key} stays out until /unbar ${key}` : `${who} is neither a nick nor an address`,
+    );
+    assert.equal(key === undefined || server.accounts.barred.has(key), true, who);
+  }
+  order("admit", "cy");
+  order("bar", "cy");
+  assert.equal(await server.accounts.register("cy", "x", { address: "::1", closed: false }), "barred");
+});
+
 test("a deleted account's nick cannot be registered until the operator admits it, and then once", async (t) => {
   const { bo, port, server } = await two(t);
   const order = (name: string, who: string) => String(chat.CONSOLE[name]?.run(server, who, ""));

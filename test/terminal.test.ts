@@ -323,13 +323,15 @@ test(
     const terminal = new Terminal(t, [BINARY, "serve", "127.0.0.1:0", "--explain", "--rate", "0"], { columns: 120 });
     const [, port = ""] = await terminal.wait(/on 127\.0\.0\.1:(\d+)/);
     const tmux = Number(terminal.ask("#{pid}"));
-    t.after(() => process.kill(tmux, "SIGCONT"));
     process.kill(tmux, "SIGSTOP");
-    const [ana, bo] = [await enter(t, Number(port), "ana"), await enter(t, Number(port), "bo")];
-    for (let at = 0; at < 3_000; at++) await ana.sync(); // which makes two rows
-    ana.send("PRIVMSG #chat :still here");
-    await bo.wait(/PRIVMSG #chat :still here/);
-    process.kill(tmux, "SIGCONT");
+    try {
+      const [ana, bo] = [await enter(t, Number(port), "ana"), await enter(t, Number(port), "bo")];
+      for (let at = 0; at < 3_000; at++) await ana.sync(); // which makes two rows
+      ana.send("PRIVMSG #chat :still here");
+      await bo.wait(/PRIVMSG #chat :still here/);
+    } finally {
+      process.kill(tmux, "SIGCONT"); // else tmux could not be ended, either
+    }
     await terminal.wait(/^-- [1-9]\d* lines not shown$/m, { history: true });
     await terminal.wait(/^>$/m);
   },

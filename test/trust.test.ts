@@ -822,6 +822,18 @@ test("a server that returns with the same key and without SCRAM does not get the
   assert.ok(!leaks(impostor.heard, "s3cr3t"));
 });
 
+test("join says why a login is refused, and for how many seconds", async (t) => {
+  const { port, server } = await serveHere(t);
+  await enter(t, port, "ana", "", "right");
+  server.accounts.find("ana")?.networks.clear();
+  for (let at = 0; at < LIMITS.triesPerAccount; at++) {
+    await server.accounts.login("ana", "wrong", { address: "127.0.0.1", closed: false });
+  }
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "right" });
+  assert.equal(await script.ended, 1);
+  assert.match(script.err.all, /\nchat: too many attempts: try again in \d\d s\nchat: hint: /);
+});
+
 test("an impostor that does not know the password's verifier is detected, and join ends with status 3", async (t) => {
   const forged = `AUTHENTICATE ${toBase64(`v=${Buffer.alloc(32).toString("base64")}`)}`;
   const attack = { offers: ["PLAIN and SCRAM"], bait: new Map([["proof", [forged]]]), omits: new Set(["proof"]) };
