@@ -2704,6 +2704,7 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
     listener.listen(port, host, resolve);
   });
   const sweeping = setInterval(() => server.sweep(), 1000);
+  watch.hurry();
   const stop = async (reason: string) => {
     clearInterval(sweeping);
     watch.stop();
@@ -2728,7 +2729,9 @@ type Check = (isBusy: boolean) => void;
 function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>): { hurry(): void; stop(): void } {
   let timer: NodeJS.Timeout | undefined;
   let dueAt = 0;
+  let isOver = false;
   const wait = (ms: number) => {
+    if (isOver) return;
     clearTimeout(timer);
     dueAt = performance.now() + ms;
     timer = setTimeout(run, ms);
@@ -2738,8 +2741,11 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
     for (const check of sockets.values()) check(isBusy);
     wait(server.unauthenticated ? LIMITS.silentMs : 10 * LIMITS.silentMs);
   };
-  wait(LIMITS.silentMs);
-  return { hurry: () => wait(LIMITS.silentMs), stop: () => clearTimeout(timer) };
+  const stop = () => {
+    isOver = true;
+    clearTimeout(timer);
+  };
+  return { hurry: () => wait(LIMITS.silentMs), stop };
 }
 
 /** A TCP connection. */
