@@ -1587,11 +1587,7 @@ export class Session implements Reader, Visitor {
     const line = parse("text" in split ? split.text : "");
     const reply = this.#reply = new Reply(this, line.tags);
     try {
-      if ("fault" in split) {
-        if (split.fault === "NUL") return this.close("That is not text");
-        if (split.fault === "too long") return reply.numeric("417", "Input line was too long");
-        return reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is accepted; the line was dropped");
-      }
+      if ("fault" in split) return this.#refuse(split.fault, reply);
       if (line.command !== "PING" && line.command !== "PONG") this.active = this.#host.clock.now();
       const running = this.#host.execute(this, line, reply);
       if (running) return running.then(() => reply.end()).catch((error: unknown) => this.#failed(error));
@@ -1599,6 +1595,12 @@ export class Session implements Reader, Visitor {
     } catch (error) {
       this.#failed(error);
     }
+  }
+  #refuse(fault: "too long" | "not UTF-8" | "NUL", reply: Reply): void {
+    if (fault === "NUL") return this.close("That is not text");
+    if (fault === "too long") reply.numeric("417", "Input line was too long");
+    else reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is accepted; the line was dropped");
+    reply.end();
   }
   #failed(error: unknown): void {
     const trace = error instanceof Error ? error.stack ?? error.message : String(error);
@@ -4262,7 +4264,7 @@ class Conversations {
     this.#completeUntil ||= time; // by the server's clock, which need not agree with ours
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
-    if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom();
+    if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom(room);
     this.#hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
@@ -4283,8 +4285,8 @@ class Conversations {
     }
   }
   /** Forgets a room that another connection of this account has left meanwhile. */
-  #forgetRoom(): void {
-    const absent = [...this.rooms.values()].find(({ state, joinedAt }) => state === "absent" && joinedAt);
+  #forgetRoom(entered: Conversation): void {
+    const absent = [...this.rooms.values()].find((room) => room.state === "absent" && room !== entered);
     if (!absent) throw new Lost("it says that we are in too many rooms");
     this.parted(absent);
   }

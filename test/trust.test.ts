@@ -288,7 +288,7 @@ async function middle(
   t: TestContext,
   port: number,
   change = (chunk: Buffer) => chunk,
-): Promise<{ port: number; seen: Text; pin: string }> {
+): Promise<{ port: number; seen: Text; code: string }> {
   const key = crypto.generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
   const cert = selfSigned(key);
   const seen = new Text();
@@ -312,7 +312,7 @@ async function middle(
   return {
     port: (proxy.address() as net.AddressInfo).port,
     seen,
-    pin: pinOf(new crypto.X509Certificate(cert).publicKey),
+    code: await checkCodeOf(new crypto.X509Certificate(cert).publicKey),
   };
 }
 
@@ -367,8 +367,8 @@ test(
     assert.match(script.err.all, /somebody sits between you and the server\nchat: hint: /);
 
     const careless = new Terminal(t, [BINARY, "join", `ana@0.0.0.0:${proxy.port}`], { columns: 200 });
-    await careless.wait(/screen\?$/);
-    careless.enter(proxy.pin.slice(-9));
+    await careless.wait(/screen:$/);
+    careless.enter(proxy.code);
     await careless.wait(/Password:$/);
     careless.enter("s3cr3t");
     await careless.wait(/somebody sits between you and the server[^]*\[exit 3\]/);
@@ -923,7 +923,7 @@ test("a captured connection can be decrypted with the keys of --keylog, and cann
   t.after(() => fs.rmSync(folder, { recursive: true }));
   const [capture, keys] = [path.join(folder, "capture.pcapng"), path.join(folder, "keys.txt")];
   const server = await serveProcess(t, ["--keylog"]);
-  assert.match(server.err.all, /warning: the TLS keys go to standard output/);
+  assert.match(server.err.all, /warning: the TLS keys go to standard error/);
   const shark = new Running(t, ["tshark", "-i", "lo", "-f", `tcp port ${server.port}`, "-w", capture, "-l"]);
   await shark.err.wait(/Capturing on/);
   await shark.err.wait(/File: |Capture started|\n/);
@@ -934,8 +934,8 @@ test("a captured connection can be decrypted with the keys of --keylog, and cann
   assert.equal(await script.ended, 0);
   assert.match(script.err.all, /^CLIENT_TRAFFIC_SECRET_0 [0-9a-f]{64} /m);
   await bo.wait(/words that are looked for/);
-  await server.out.wait(/CLIENT_TRAFFIC_SECRET_0[^]*CLIENT_TRAFFIC_SECRET_0/);
-  fs.writeFileSync(keys, server.out.all);
+  await server.err.wait(/CLIENT_TRAFFIC_SECRET_0[^]*CLIENT_TRAFFIC_SECRET_0/);
+  fs.writeFileSync(keys, server.err.all);
   const inClear = (file: string) =>
     execFileSync(
       "tshark",
