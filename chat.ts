@@ -2,15 +2,16 @@
  * chat: an encrypted group chat in one file. `chat serve` opens a room, `chat join` enters it. The wire between them is
  * IRC over TLS 1.3, so that any IRC client can sit in the room as well.
  *
- * The chapters build on each other, from top to bottom: Basics, Protocol, Identity, Accounts; then the server: Rooms,
- * Delivery, Session, Server, Registration, Commands, Console, Listener; then the client: Terminal, Interfaces, Full
- * terminal, Link, Login, Connection, Conversations, Client, Slash commands; and the command line.
+ * The chapters build on each other, from top to bottom: Basics, Protocol, Identity, Passwords, Accounts; then the
+ * server: Rooms, Delivery, Session, Server, Registration, Commands, Console, Listener; then the client: Terminal,
+ * Interfaces, Full terminal, Link, Login, Connection, Transcript, Conversations, Client, Slash commands; and what is
+ * typed in a shell: Options, Operator, Command line.
  *
  *   bytes → Listener → Inbox (lines, rate limit) → Session → handler in Commands ─→ Reply → Outbox → Listener → bytes
  *                                                                └→ log (Event) → Delivery → each reader's Outbox ┘
  *
  * There are three imports. The program cannot open a file or start another program: accounts, keys and history live in
- * memory and end with the process.
+ * memory and end with the process, unless a shell keeps the accounts.
  */
 import crypto from "node:crypto";
 import readline from "node:readline";
@@ -82,6 +83,7 @@ export const LIMITS = Object.freeze({
   triesPerAccount: 10, // at once per account and network, then one every 30 s
   triesPerNetwork: 100, // at once, besides --per-address, then one a second; an IPv6 network is a /48 here
   triesOfUnknown: 100, // at once per account, from networks where it never logged in, then one every 10 s
+  shownOfKind: 3, // lines of one kind that --explain shows, before it counts them
   scrypts: 2, // password hashings at once
   admitMs: 3_600_000, // for which /admit lets a nick register
   // The operator
@@ -91,6 +93,8 @@ export const LIMITS = Object.freeze({
   window: 50, // lines sent and not yet acknowledged
   held: 2_000, // messages of rooms whose history is being loaded
   codeTries: 3, // to type the check code
+  slowMs: 1_000, // after which a message that was not acknowledged is shown as waiting
+  leaveMs: 2_000, // within which a second Ctrl-C leaves
   steadyMs: 10_000, // for which a connection must have lasted to reset the back-off
   timeoutMs: 30_000, // without progress after the end of the input, before the rest is given up
   hushMs: 30_000, // of a server's silence before a PING, and then until the connection counts as lost
@@ -677,38 +681,89 @@ export function outsideValidity({ validFrom, validTo }: crypto.X509Certificate):
 const RECORD_OVERHEAD = 22; // bytes of a TLS 1.3 record besides its text: a header of 5, a type, a tag of 16
 
 /** Says how long a text is, in clear and as TLS records, which hold up to 16 KiB each. */
-const recorded = (bytes: number) =>
-  `${bytes} bytes, in TLS records ${bytes + RECORD_OVERHEAD * Math.max(1, Math.ceil(bytes / 16384))} (computed)`;
+function recorded(bytes: number): string {
+  const records = Math.max(1, Math.ceil(bytes / 16384));
+  if (records > 1) return `(${bytes} bytes) → ${records} TLS records of ${bytes + records * RECORD_OVERHEAD} bytes`;
+  return `(${bytes} bytes) → ${bytes + RECORD_OVERHEAD}-byte TLS record: 5 header + ${bytes} + 1 type + 16 tag`;
+}
 
-/** Describes a connection in plain words. What the runtime does not say is left out. */
-function describe(socket: tls.TLSSocket, certificate: crypto.X509Certificate | undefined): string[] {
-  const group = (socket.getEphemeralKeyInfo() as { name?: string } | null)?.name;
-  const quantum = `a quantum computer ${/MLKEM|KYBER/i.test(group ?? "") ? "does not" : "would"} break it`;
-  const about = [
-    `TCP from ${socket.localAddress}:${socket.localPort} to ${socket.remoteAddress}:${socket.remotePort}`,
-    `${socket.getProtocol()}, ${socket.getCipher()?.name}: encrypts, and tells if a byte was changed`,
-    group ? `keys agreed by ${group}: ${quantum}` : "",
-    socket.alpnProtocol ? `ALPN: both sides want to speak ${socket.alpnProtocol}` : "",
+/** Passes on what happens, but of many of one kind only the first few, and how many more there were. */
+class Folded {
+  readonly #tell: (text: string) => void;
+  readonly #counts = new Map<string, number>(); // of a few kinds that take turns
+  #folded = 0;
+  constructor(tell: (text: string) => void) {
+    this.#tell = tell;
+  }
+  tell(kind: string, text: string): void {
+    const count = this.#counts.get(kind) ?? 0;
+    if (!count && this.#folded) this.#tell(`… ${this.#folded} more of the kind`);
+    if (!count && (this.#folded || this.#counts.size > LIMITS.shownOfKind)) {
+      this.#folded = 0;
+      this.#counts.clear();
+    }
+    this.#counts.set(kind, count + 1);
+    if (count < LIMITS.shownOfKind) this.#tell(text);
+    else this.#folded++;
+  }
+}
+
+/** The names of a certificate's subject or issuer, in a row: `CN=server, O=…`. */
+const namesInRow = (names: string) => clean(names.replaceAll("\n", ", ").replaceAll("\\,", ","));
+
+/** A fact about a connection, with the step in which it came about. */
+interface Fact {
+  readonly step: 1 | 2 | 3;
+  readonly label: string;
+  readonly text: string;
+}
+
+/** Describes a connection. What the runtime does not say is left out. */
+function describe(socket: tls.TLSSocket, certificate: crypto.X509Certificate | undefined): Fact[] {
+  const facts: [step: Fact["step"], label: string, text: string | false | undefined | null][] = [
+    [1, "TCP", `${socket.localAddress}:${socket.localPort} to ${socket.remoteAddress}:${socket.remotePort}`],
+    [2, "protocol", `${socket.getProtocol()}`],
+    [2, "cipher", `${socket.getCipher()?.name}, which also tells if a byte was changed`],
+    [2, "key exchange", (socket.getEphemeralKeyInfo() as { name?: string } | null)?.name],
+    [2, "ALPN", socket.alpnProtocol],
   ];
   if (certificate) {
     const { subject, issuer, validFrom, validTo, publicKey } = certificate;
     const { asymmetricKeyType, asymmetricKeyDetails: details } = publicKey;
-    const issuedBy = issuer === subject ? "itself" : clean(issuer);
-    about.push(
-      `certificate of ${clean(subject)}, issued by ${issuedBy}, from ${validFrom} to ${validTo}`,
-      `its key: ${asymmetricKeyType} ${details?.namedCurve ?? details?.modulusLength ?? ""}, pin ${pinOf(publicKey)}`,
-      `SHA-256 of its SubjectPublicKeyInfo: ${base64(sha256(spki(publicKey)))}`,
+    facts.push(
+      [3, "certificate", namesInRow(subject)],
+      [3, "issued by", issuer === subject ? "itself" : namesInRow(issuer)],
+      [3, "valid", `${validFrom} to ${validTo}`],
+      [3, "public key", `${asymmetricKeyType} ${details?.namedCurve ?? details?.modulusLength ?? ""}`.trim()],
+      [3, "SHA-256", base64(sha256(spki(publicKey)))], // of its SubjectPublicKeyInfo
+      [3, "pin", pinOf(publicKey)],
     );
   }
-  return about.filter(Boolean);
+  return facts.flatMap(([step, label, text]) => text ? [{ step, label, text }] : []);
+}
+
+const layOut = ({ label, text }: Fact) => `${label.padEnd(14)}${text}`;
+
+/** The steps by which a connection is made, each with its facts. */
+function lessonOf(facts: readonly Fact[]): string[] {
+  const of = (step: number) => facts.filter((fact) => fact.step === step).map((fact) => `  ${layOut(fact)}`);
+  return [
+    "1 TCP: the three-way handshake has happened, so each side knows that the other hears it",
+    ...of(1),
+    "2 ClientHello and ServerHello: each side has said what it can do",
+    ...of(2),
+    "3 certificate: the server has shown whose key it has, and has signed with it",
+    ...of(3),
+    "4 keys: both sides have computed the same ones, and neither has sent them; what follows is encrypted",
+  ];
 }
 
 /* =====================================================================================================================
- * Accounts
- * An account is a nick with a password verifier: enough to check a password, not enough to log in. scrypt makes a
- * salted password, and that makes two keys (RFC 5802): the client proves that it has ClientKey, the server that it has
- * ServerKey, each over the whole exchange and the server's certificate, so that a relay in the middle has nothing to
- * pass on. With PLAIN, PASS and REGISTER the server gets the password itself and runs scrypt. All end in one verifier.
+ * Passwords
+ * A password verifier is enough to check a password, and not enough to log in with. scrypt makes a salted password, and
+ * that makes two keys (RFC 5802): the client proves that it has ClientKey, the server that it has ServerKey, each over
+ * the whole exchange and the server's certificate, so that a relay in the middle has nothing to pass on. With PLAIN,
+ * PASS and REGISTER the server gets the password itself and runs scrypt. All end in one verifier.
  * ================================================================================================================== */
 
 export interface Verifier {
@@ -851,6 +906,12 @@ class SaslBuffer {
   }
 }
 
+/* =====================================================================================================================
+ * Accounts
+ * An account is a nick with a verifier. The map of accounts is in memory; a journal, if there is one, takes changes.
+ * Limits bound how fast passwords can be guessed, and how many nicks one can hoard.
+ * ================================================================================================================== */
+
 /** What the map of accounts knows of an account. */
 export interface Account {
   nick: string; // as its owner writes it
@@ -876,6 +937,7 @@ const REFUSALS = {
   "barred": "The operator keeps this account out",
   "forgotten": "The operator has deleted this account, and can admit the nick again",
   "full": "The server has as many accounts as it can keep",
+  "unwritten": "The server cannot write new accounts down at the moment",
   "gone": "You have disconnected",
 } as const;
 const OFTEN = { wait: "Too many attempts", crowd: "Too many new accounts from your address" } as const;
@@ -897,26 +959,44 @@ export type SaslStep<A> =
 /** A SASL exchange on the server: takes the client's messages one by one. */
 export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslStep<A>>;
 
-/** The accounts, in memory, and the limits on guessing passwords and hoarding nicks. */
+/** Writes a record of what has changed. @returns whether that was possible */
+export type Journal = (record: string) => Promise<boolean>;
+
+/** Formats a record of the journal: a nick, a date, and the verifier as text, or what happened to the nick. */
+const recordOf = (who: string, what: string, wall: number) =>
+  `${who} ${new Date(wall).toISOString().replace(/\.\d+/, "")} ${what}`;
+
+/**
+ * The accounts, in memory, and the limits on guessing passwords and hoarding nicks. With a journal, a registration or
+ * a new password counts when its record has been written.
+ */
 export class Accounts<A extends Account> {
   closed = false; // registration is, except for admitted nicks
   readonly barred = new Map<string, "barred" | "forgotten">(); // folded nicks, and networks
   readonly byNick = new Map<string, A>(); // by folded nick
   readonly #admitted = new Map<string, number>(); // folded nicks: until when, by the monotonic clock
+  readonly #registering = new Set<string>(); // folded nicks whose records are being written
   readonly #clock: Clock;
-  readonly #make: (nick: string, verifier: Verifier, visitor: Visitor) => A;
+  readonly #journal: Journal | undefined;
+  readonly #make: (nick: string, verifier: Verifier, visitor?: Visitor) => A;
   readonly #hashing = new Semaphore(LIMITS.scrypts);
   readonly #registrations: KeyedRateLimit; // per site
   readonly #tries: KeyedRateLimit; // per account and network
   readonly #siteTries: KeyedRateLimit;
   readonly #unknownTries: KeyedRateLimit; // per account, from networks where it never logged in
   /**
-   * @param make makes the account of a nick
+   * @param make makes the account of a nick, whose owner is here or has been
    * @param perAddress how many connections a network may have: so many more attempts
    */
-  constructor(make: (nick: string, verifier: Verifier, visitor: Visitor) => A, perAddress = 0, clock = systemClock) {
+  constructor(
+    make: (nick: string, verifier: Verifier, visitor?: Visitor) => A,
+    perAddress = 0,
+    clock = systemClock,
+    journal?: Journal,
+  ) {
     this.#make = make;
     this.#clock = clock;
+    this.#journal = journal;
     this.#registrations = new KeyedRateLimit(clock, LIMITS.newAccountsPerHour / 3600, LIMITS.newAccountsPerHour);
     this.#tries = new KeyedRateLimit(clock, 1 / 30, LIMITS.triesPerAccount);
     this.#siteTries = new KeyedRateLimit(clock, 1, LIMITS.triesPerNetwork + perAddress);
@@ -927,14 +1007,61 @@ export class Accounts<A extends Account> {
     return this.byNick.get(fold(nick));
   }
 
+  /** Applies a record of a journal, where `#` begins a comment. @returns whether it is one */
+  apply(record: string): boolean {
+    if (record.startsWith("#")) return true;
+    const [who = "", date = "", what = "", ...more] = record.trim().split(" ");
+    const [key, verifier] = [fold(who), readVerifier(what)];
+    const ageMs = this.#clock.wall() - Date.parse(date);
+    if (isNaN(ageMs) || more.length || (!isNick(who) && networkOf(who) !== who && !who.endsWith("::/64"))) return false;
+    if (typeof verifier === "object" && isNick(who)) {
+      const account = this.byNick.get(key) ?? this.#make(who, verifier);
+      account.verifier = verifier;
+      this.byNick.set(key, account);
+      this.barred.delete(key);
+    } else if (what === "forgotten") {
+      this.byNick.delete(key);
+      this.barred.set(key, what);
+    } else if (what === "barred") this.barred.set(key, what);
+    else if (what === "unbarred") this.barred.delete(key);
+    else if (what === "admitted") this.#admitted.set(key, this.#clock.now() + LIMITS.admitMs - ageMs);
+    else return false;
+    return true;
+  }
+  async #write(who: string, what: string): Promise<boolean> {
+    return !this.#journal || await this.#journal(recordOf(who, what, this.#clock.wall()));
+  }
+  /** Gives an account another password. @returns whether that was possible */
+  async change(account: A, verifier: Verifier): Promise<boolean> {
+    const isWritten = await this.#write(account.nick, formatVerifier(verifier));
+    if (isWritten) account.verifier = verifier;
+    return isWritten;
+  }
+  /** Deletes an account. Its nick stays barred, or a client that is running would register it again. */
+  forget({ nick }: A): void {
+    void this.#write(nick, "forgotten");
+    this.byNick.delete(fold(nick));
+    this.barred.set(fold(nick), "forgotten");
+  }
   /** Lets a nick register: once, within the hour, whatever other limit there is. */
   admit(nick: string): void {
+    void this.#write(nick, "admitted");
     this.#admitted.set(fold(nick), this.#clock.now() + LIMITS.admitMs);
+  }
+  /** The folded nicks that are admitted now. */
+  get admitted(): string[] {
+    return [...this.#admitted.keys()].filter((nick) => this.#isAdmitted(nick));
   }
   /** Keeps out a folded nick, or a network. */
   bar(key: string): void {
+    void this.#write(key, "barred");
     this.barred.set(key, "barred");
     this.#admitted.delete(key);
+  }
+  /** Lifts that. @returns whether it was so */
+  unbar(key: string): boolean {
+    if (this.barred.has(key)) void this.#write(key, "unbarred");
+    return this.barred.delete(key);
   }
   #isAdmitted(nick: string): boolean {
     return (this.#admitted.get(fold(nick)) ?? 0) > this.#clock.now();
@@ -952,6 +1079,10 @@ export class Accounts<A extends Account> {
     if (typeof verifier === "string") return "gone"; // it disconnected before its turn
     const later = this.#objectionTo(nick); // somebody may have been faster
     if (later) return later;
+    this.#registering.add(fold(nick));
+    const isWritten = await this.#write(nick, formatVerifier(verifier));
+    this.#registering.delete(fold(nick));
+    if (!isWritten) return "unwritten";
     const account = this.#make(nick, verifier, visitor);
     this.byNick.set(fold(nick), account);
     this.#admitted.delete(fold(nick));
@@ -960,7 +1091,7 @@ export class Accounts<A extends Account> {
   }
   #objectionTo(nick: string): Refusal | undefined {
     if (!isNick(nick)) return "bad nick";
-    if (this.byNick.has(fold(nick))) return "exists";
+    if (this.byNick.has(fold(nick)) || this.#registering.has(fold(nick))) return "exists";
     if (this.#isAdmitted(nick)) return undefined;
     if (this.closed) return "closed";
     return this.barred.get(fold(nick)) ?? (this.byNick.size < LIMITS.accounts ? undefined : "full");
@@ -1671,12 +1802,17 @@ const DEFAULTS = {
   perAddress: 100, // connections per network
   rate: 10, // units a second that a member may send; 0 lifts the limit
   warning: "", // sent to everybody who enters
+  lock: false, // whether registration is closed at the start
+  records: [] as readonly string[], // of a journal of accounts
+  journal: undefined as Journal | undefined, // continues it
   binding: EMPTY, // the channel binding of logins
   clock: systemClock,
   log: (_line: string): void => {}, // takes the lines of the log
   explain: undefined as ((line: string) => void) | undefined, // takes what happens on the wire
 };
 export type ServerOptions = Partial<typeof DEFAULTS>;
+
+const KEPT_BOOT = "kept"; // the boot id of every server with a journal
 
 /** What the handler of a command gets. */
 interface Context {
@@ -1719,6 +1855,7 @@ export class Server implements Host {
   readonly options: typeof DEFAULTS;
   readonly clock: Clock;
   readonly started = new Date();
+  readonly boot: string; // is another one if this server does not know the accounts of the one before
   readonly accounts: Accounts<Member>;
   readonly history: History;
   readonly rooms = new Map<string, Room>(); // by folded name
@@ -1733,14 +1870,19 @@ export class Server implements Host {
     this.options = { ...DEFAULTS, ...options };
     const { clock, rate, perAddress, maxClients, history, room, topic } = this.options;
     this.clock = clock;
+    this.boot = this.options.journal ? KEPT_BOOT : crypto.randomBytes(6).toString("base64url");
     this.occupancy = new Occupancy(perAddress, Math.max(LIMITS.unauthenticated, maxClients / 2));
     this.#sweptAt = clock.now();
     this.#failures = new KeyedRateLimit(clock, LIMITS.failuresPerMinute / 60, LIMITS.failuresPerMinute);
-    const register = (nick: string, verifier: Verifier, { address }: Visitor) => {
-      this.log(`${nick} registered from ${address}`);
+    const register = (nick: string, verifier: Verifier, visitor?: Visitor) => {
+      if (visitor) this.log(`${nick} registered from ${visitor.address}`);
       return new Member(nick, verifier, new RateLimit(clock, rate, rate * LIMITS.burstSeconds));
     };
-    this.accounts = new Accounts(register, perAddress, clock);
+    this.accounts = new Accounts(register, perAddress, clock, this.options.journal);
+    this.accounts.closed = this.options.lock;
+    for (const [at, record] of this.options.records.entries()) {
+      if (!this.accounts.apply(record)) this.log(`line ${at + 1} of the accounts is none, and is skipped`);
+    }
     this.history = new History(history, clock);
     this.lobby = this.openRoom(room);
     if (topic) this.lobby.topic = this.happens(this.lobby, "TOPIC", SERVER, topic);
@@ -1880,12 +2022,11 @@ export class Server implements Host {
     for (const session of this.sessions) if (session.member === member) session.close(reason);
     if (member.present) this.#leave(member, reason);
   }
-  /** Deletes an account with its private talks. Its nick stays barred, or a running client would register it again. */
+  /** Deletes an account with its private talks. */
   forget(member: Member): void {
-    this.accounts.barred.set(fold(member.nick), "forgotten");
+    this.accounts.forget(member);
     this.kick(member, "The account was deleted");
     for (const log of member.talks.values()) this.history.forget(log);
-    this.accounts.byNick.delete(fold(member.nick));
   }
   /** The member, and everybody who shares a room with it. */
   audienceOf(member: Member): Set<Member> {
@@ -2023,6 +2164,7 @@ async function loginByPass(context: Context, registration: Registration): Promis
     reply.numeric("464", reasonOf(result));
     return server.refuse(session, nick, result);
   }
+  server.options.explain?.(`5 login: ${nick} sent us the password in PASS, within TLS; we keep a verifier of it`);
   server.bindAccount(session, result, "PASS");
   if (isNew) reply.server("NOTICE", result.nick, `${result.nick} is registered now, with this password`);
   return completeRegistration(context);
@@ -2032,6 +2174,8 @@ async function loginByPass(context: Context, registration: Registration): Promis
 function welcome({ server, session, reply }: Context, member: Member, realName: string): void {
   const missed = session.has("draft/chathistory") ? [] : server.missedBy(member); // the others can ask for them
   const arrives = server.arrive(session, member, realName);
+  const loop = "one event loop reads, executes and writes the lines of all connections in turn";
+  server.options.explain?.(`6 the room: ${loop}; there is no thread for ${member.nick}`);
   greet(server, session, reply);
   for (const room of member.rooms) { // a further connection, or one that reconnects
     const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
@@ -2063,10 +2207,11 @@ function greet(server: Server, session: Session, reply: Reply): void {
     `TARGMAX=PRIVMSG:${targets},NOTICE:${targets},TAGMSG:${targets},JOIN:,PART:,NAMES:,LIST:,WHOIS:1`,
     `CHATHISTORY=${LIMITS.chathistory}`,
     "MSGREFTYPES=msgid,timestamp",
+    `BOOT=${server.boot}`,
   ];
   for (const line of fill(support, 150)) reply.numeric("005", ...line.split(" "), "are supported by this server");
   replyWithCounts(server, reply);
-  replyWithMotd(reply);
+  replyWithMotd(server, reply);
 }
 
 function replyWithCounts(server: Server, reply: Reply): void {
@@ -2077,9 +2222,10 @@ function replyWithCounts(server: Server, reply: Reply): void {
   reply.numeric("255", `I have ${present} clients and 0 servers`);
 }
 
-function replyWithMotd(reply: Reply): void {
+function replyWithMotd({ options }: Server, reply: Reply): void {
+  const forgets = "Nothing is written to disk: accounts and history end with the server.";
   reply.numeric("375", `- ${SERVER} message of the day -`);
-  reply.numeric("372", "- Nothing is written to disk: accounts and history end with the server.");
+  reply.numeric("372", `- ${options.journal ? "Accounts are kept; what was said ends with the server." : forgets}`);
   reply.numeric("372", "- Members of a room can read its log, also from before they joined.");
   reply.numeric("376", "End of MOTD");
 }
@@ -2164,7 +2310,7 @@ function loginBySasl(context: Context, member: Member): void | Promise<void> {
   const how = session.mechanism === "PLAIN"
     ? `${nick} sent us the password; scrypt made it fit the verifier`
     : `${nick} and we proved to each other that we know the password, for this certificate; neither side sent it`;
-  server.options.explain?.(how);
+  server.options.explain?.(`5 login: ${how}`);
   server.bindAccount(session, member, session.mechanism);
   reply.numeric("900", sourceOf(nick), nick, `You are now logged in as ${nick}`);
   reply.numeric("903", "SASL authentication successful");
@@ -2204,7 +2350,7 @@ async function handleRegister(context: Context): Promise<void> {
 
 /** PASS: the password to log in with. After a login by SCRAM: the verifier of a new password. */
 function handlePass(context: Context): void | Promise<void> {
-  const { server, session, member, reply, params: [secret = "", ...more] } = context;
+  const { session, member, reply, params: [secret = "", ...more] } = context;
   const { registration } = session;
   if (more.length) return reply.numeric("464", COLON_MISSING);
   if (!member) {
@@ -2216,9 +2362,15 @@ function handlePass(context: Context): void | Promise<void> {
   if (verifier === "bad") {
     return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, but is not a valid one");
   }
-  member.verifier = verifier;
+  return changePassword(context, member, verifier);
+}
+
+async function changePassword({ server, reply }: Context, member: Member, verifier: Verifier): Promise<void> {
+  if (!await server.accounts.change(member, verifier)) {
+    return reply.server("FAIL", "PASS", "TEMPORARILY_UNAVAILABLE", REFUSALS.unwritten);
+  }
   server.log(`${member.nick} changed the password`);
-  return reply.server("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
+  reply.server("NOTE", "PASS", "PASSWORD_CHANGED", "Your password is changed");
 }
 
 /** NICK: a wish before the login; after it the nick is the account's, and only its case can change. */
@@ -2517,7 +2669,7 @@ Object.assign(
     ISON: { least: 1, about: "say which members are here", run: handleIson },
     AWAY: { least: 0, about: "say that you are away, or are back", run: handleAway },
     MODE: { least: 1, about: "show modes", run: handleMode },
-    MOTD: { least: 0, about: "show the message of the day", run: ({ reply }) => replyWithMotd(reply) },
+    MOTD: { least: 0, about: "show the message of the day", run: ({ server, reply }) => replyWithMotd(server, reply) },
     LUSERS: { least: 0, about: "count who is here", run: ({ server, reply }) => replyWithCounts(server, reply) },
     VERSION: { least: 0, about: "show the version", run: handleVersion },
     TIME: {
@@ -2549,22 +2701,35 @@ function helpLines(table: Table<unknown>, prefix: string): string[] {
   return Object.entries(table).map(([name, row]) => `${`${prefix}${name} ${row?.usage}`.padEnd(20)} ${row?.about}`);
 }
 
-/** The known word that is nearest to another by Levenshtein distance. */
-function nearest(word: string, known: readonly string[]): string {
-  const distance = (other: string) =>
-    [...word].reduce((row, letter, at) => {
-      const next = [at + 1];
-      for (let to = 0; to < other.length; to++) {
-        const replaced = (row[to] ?? 0) + (letter === other[to] ? 0 : 1);
-        next.push(Math.min(replaced, (row[to + 1] ?? 0) + 1, (next[to] ?? 0) + 1));
-      }
-      return next;
-    }, Array.from({ length: other.length + 1 }, (_, at) => at)).at(-1) ?? 0;
-  return known.toSorted((one, other) => distance(one) - distance(other))[0] ?? "";
+/** The Levenshtein distance of two words: how many letters have to be added, removed or replaced. */
+function distance(one: string, other: string): number {
+  const first = Array.from({ length: other.length + 1 }, (_, at) => at);
+  return [...one].reduce((row, letter, at) => {
+    const next = [at + 1];
+    for (let to = 0; to < other.length; to++) {
+      const replaced = (row[to] ?? 0) + (letter === other[to] ? 0 : 1);
+      next.push(Math.min(replaced, (row[to + 1] ?? 0) + 1, (next[to] ?? 0) + 1));
+    }
+    return next;
+  }, first).at(-1) ?? 0;
+}
+
+/** "; did you mean …?" with the known word that is nearest to a wrong one; empty if none is near. */
+function suggestion(prefix: string, word: string, known: readonly string[]): string {
+  const [nearest = ""] = known.toSorted((one, other) => distance(word, one) - distance(word, other));
+  return distance(word, nearest) <= Math.floor(word.length / 2) ? `; did you mean ${prefix}${nearest}?` : "";
 }
 
 /** What an operator's command does; it returns what to show. */
 type ConsoleCommand = (server: Server, nick: string, rest: string) => string | readonly string[];
+
+/** A duration for people. */
+const duration = (seconds: number) =>
+  seconds < 120
+    ? `${seconds} s`
+    : seconds < 7200
+    ? `${Math.floor(seconds / 60)} min`
+    : `${Math.floor(seconds / 3600)} h`;
 
 /** A time of day for people, `HH:MM`. */
 const clockTime = (time: number) => new Date(time).toTimeString().slice(0, 5);
@@ -2577,13 +2742,32 @@ export const CONSOLE: Table<ConsoleCommand> = {
       server.presentMembers.map((member) => {
         const from = Array.from(member.sessions, ({ address, since }) => `${address} since ${clockTime(since)}`);
         const where = from.join(", ") || "connection lost";
-        return `${member.nick.padEnd(LIMITS.nick)} ${where}, idle ${idleSeconds(server, member)} s`;
+        return `${member.nick.padEnd(LIMITS.nick)} ${where}, idle ${duration(idleSeconds(server, member))}`;
       }),
   ),
-  say: row("TEXT", "say something to everybody", (server, first, rest) => {
+  say: row("TEXT", "say something to everybody; so does a line without a slash", (server, first, rest) => {
     const text = `${first} ${rest}`.trim();
-    for (const room of server.rooms.values()) deliver(server.happens(room, "NOTICE", SERVER, text), room.members);
-    return "said";
+    deliver(server.happens(server.lobby, "NOTICE", SERVER, text), server.presentMembers);
+    return `to everybody: ${text}`;
+  }),
+  rooms: row("", "list the rooms", (server) =>
+    Array.from(server.rooms.values(), ({ name, members, log, topic }) => {
+      const about = `${plural(members.size, "person", "people")}, ${
+        plural(log.messages.length, "message", "messages")
+      }`;
+      return `${name}: ${about}${topic ? `; ${topic.text}` : ""}`;
+    })),
+  accounts: row("", "list the accounts, and what is barred or admitted", ({ accounts }) => {
+    const { barred, admitted } = accounts;
+    const nicks = Array.from(accounts.byNick.values(), ({ nick, present }) => present ? `${nick} (here)` : nick);
+    return [
+      `${plural(nicks.length, "account", "accounts")}: ${nicks.join(", ")}`,
+      ...barred.size
+        ? [`barred: ${Array.from(barred, ([key, why]) => why === "forgotten" ? `${key} (deleted)` : key).join(", ")}`]
+        : [],
+      ...admitted.length ? [`admitted: ${admitted.join(", ")}`] : [],
+      ...accounts.closed ? ["registration is closed"] : [],
+    ];
   }),
   kick: row("NICK [REASON]", "disconnect a member", (server, nick, rest) => {
     const member = server.accounts.find(nick);
@@ -2603,7 +2787,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
     return `${key} stays out until /unbar ${key}`;
   }),
   unbar: row("NICK|ADDRESS", "undo /bar, or free the nick of a deleted account", (server, who) => {
-    const wasBarred = server.accounts.barred.delete(keyToBar(who) ?? "");
+    const wasBarred = server.accounts.unbar(keyToBar(who) ?? "");
     return wasBarred ? `${who} is not barred any more` : `${who} was not barred`;
   }),
   lock: row("", "stop registration", (server) => setRegistration(server, false)),
@@ -2640,13 +2824,14 @@ function setRegistration(server: Server, open: boolean): string {
   return open ? "everybody can register again" : "nobody can register now, except those whom you /admit";
 }
 
-/** Runs a line that the operator typed, with or without a slash. @returns what to show */
+/** Runs a command that the operator typed, or says to everybody what is none. @returns what to show */
 function runConsoleLine(server: Server, table: Table<ConsoleCommand>, line: string): readonly string[] {
-  const [, name = "", first = "", rest = ""] = /^\/?([^ ]*) *([^ ]*) *(.*)$/s.exec(line.trim()) ?? [];
+  const text = line.trim().replace(/^(?!\/)(?=.)/, "/say ");
+  const [, name = "", first = "", rest = ""] = /^\/([^ ]*) *([^ ]*) *(.*)$/s.exec(text) ?? [];
   const found = rowOf(table, name);
   if (!name) return [];
   if (name === "help") return helpLines(table, "/");
-  if (!found) return [`there is no /${name}; did you mean /${nearest(name, [...Object.keys(table), "help"])}?`];
+  if (!found) return [`there is no /${name}${suggestion("/", name, [...Object.keys(table), "help"])}`];
   if (found.usage && !first) return [`/${name} ${found.usage}: ${found.about}`];
   return [found.run(server, first, rest)].flat();
 }
@@ -2687,7 +2872,7 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   const certificate = new crypto.X509Certificate(cert);
   const listener = tls.createServer(settings as tls.TlsOptions, (socket) => {
     const { explain } = server.options;
-    if (explain) describe(socket, certificate).forEach((fact) => explain(`${farEnd(socket)} ${fact}`));
+    if (explain) lessonOf(describe(socket, certificate)).forEach((line) => explain(`${farEnd(socket)} ${line}`));
     socket.on("close", () => sockets.delete(socket));
     const arrival = arrivals.get(farEnd(socket));
     arrivals.delete(farEnd(socket));
@@ -2806,6 +2991,7 @@ let filler: Buffer | undefined;
 function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | undefined): Check {
   const { explain } = server.options;
   const who = farEnd(socket);
+  const records = explain && new Folded((text) => explain(`${who} ${text}`));
   const isDeno = "Deno" in globalThis; // where pause() does not stop the reading: the session bounds what comes
   const fill = filler ??= Buffer.alloc(socket.readableHighWaterMark);
   let flowing = true;
@@ -2816,7 +3002,7 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   const session = server.open({
     address: socket.remoteAddress ?? "",
     write(bytes) {
-      explain?.(`${who} wrote ${recorded(bytes.length)}`);
+      records?.tell(`wrote ${bytes.length}`, `wrote ${recorded(bytes.length)}`);
       return socket.write(bytes);
     },
     pending: () => socket.writableLength,
@@ -2840,9 +3026,9 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
   socket.allowHalfOpen = true;
   socket.on("data", (chunk: Buffer) => {
     if (chunk.buffer === fill.buffer) return;
-    explain?.(`${who} read ${recorded(chunk.length)}`);
-    const records = isMerged ? Math.max(1, chunk.filter((byte) => byte === LF).length) : 1; // about one for each line
-    textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD * records;
+    records?.tell(`read ${chunk.length}`, `read ${recorded(chunk.length)}`);
+    const lines = isMerged ? Math.max(1, chunk.filter((byte) => byte === LF).length) : 1; // about one for each line
+    textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD * lines;
     session.receive(chunk);
   });
   socket.on("end", () => session.received());
@@ -2874,7 +3060,11 @@ function handshakeProblem(message: string): string {
 
 function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string, port: number): Fault {
   const faults: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
-    [/EADDRINUSE|in use/i, `port ${port} is in use already`, `${CHAT} serve :${port + 1} takes the next one`],
+    [
+      /EADDRINUSE|in use/i,
+      `port ${port} is in use already`,
+      `are you serving already? ${CHAT} serve ${port + 1} takes another one`,
+    ],
     [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
     [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
     [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
@@ -2939,7 +3129,7 @@ function prepare(stream: NodeJS.WriteStream): void {
   if (stream.isTTY) handle?.setBlocking?.(false); // where the runtime has it
 }
 
-/** Waits until what was written has been read, or can be read no more. Only for the reader of a script it waits long. */
+/** Waits until what was written has been read, or can be read no more; for a terminal and for the log not long. */
 async function flushed(stream: NodeJS.WriteStream): Promise<void> {
   if (!stream.writableLength) return;
   await new Promise<void>((done) => {
@@ -2974,10 +3164,21 @@ const [BOLD, DIM] = [1, 2];
 /** Colours of nicks that are readable on black and on white, from the palette of 256. */
 const NICK_COLOURS = [26, 31, 61, 64, 67, 94, 97, 98, 100, 125, 130, 131, 132, 133, 136, 160, 161, 166, 168, 172];
 
-/** The SGR code of a nick's colour, which is always the same. */
-function colourOf(nick: string, depth: number): string {
-  const hash = sha256(fold(nick)).readUInt32BE();
-  return depth > 16 ? `38;5;${NICK_COLOURS[hash % NICK_COLOURS.length]}` : String(31 + hash % 6);
+/** The colours of nicks: always the same one, and in a small group all different. */
+class Palette {
+  readonly #indexes = new Map<string, number>(); // by folded nick
+  /** @returns the SGR code for a terminal with so many colours */
+  of(nick: string, depth: number): string {
+    const count = depth > 16 ? NICK_COLOURS.length : 6;
+    const indexes = this.#indexes;
+    let index = indexes.get(fold(nick)) ?? sha256(fold(nick)).readUInt32BE() % count;
+    if (!indexes.has(fold(nick)) && indexes.size < count) {
+      const taken = new Set(indexes.values());
+      while (taken.has(index)) index = (index + 1) % count;
+      indexes.set(fold(nick), index);
+    }
+    return depth > 16 ? `38;5;${NICK_COLOURS[index]}` : String(31 + index);
+  }
 }
 
 let segmenter: Intl.Segmenter | undefined; // is slow to make, and seldom needed
@@ -2991,8 +3192,9 @@ function graphemes(text: string): string[] {
 
 /** Code points that take two columns: East Asian Wide and Fullwidth (UAX #11), and emoji. */
 const WIDE = new RegExp(
-  "[\\p{EPres}\\u1100-\\u115F\\u2329\\u232A\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3\\uF900-\\uFAFF\\uFE10-\\uFE19" +
-    "\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{16FE0}-\\u{18DF2}\\u{1AFF0}-\\u{1B2FB}\\u{1F200}-\\u{1F265}\\u{20000}-\\u{3FFFD}]",
+  "[\\p{EPres}\\u1100-\\u115F\\u2329\\u232A\\u2E80-\\u303E\\u3041-\\uA4CF\\uA960-\\uA97C\\uAC00-\\uD7A3" +
+    "\\uF900-\\uFAFF\\uFE10-\\uFE19\\uFE30-\\uFE6F\\uFF01-\\uFF60\\uFFE0-\\uFFE6\\u{16FE0}-\\u{18DF2}" +
+    "\\u{1AFF0}-\\u{1B2FB}\\u{1F200}-\\u{1F265}\\u{20000}-\\u{3FFFD}]",
   "u",
 );
 /** Code points that take none: marks that do not take space, and the vowels and final consonants of Hangul. */
@@ -3110,9 +3312,8 @@ interface Message {
   readonly isPrivate: boolean;
   readonly isOwn: boolean;
   readonly isOld: boolean; // from the history
-  readonly isElsewhere: boolean; // in another room than the current one
+  readonly isElsewhere: boolean; // in another room than the one that is talked in
   readonly isForMe: boolean; // private, or it names me
-  readonly nickWidth: number; // columns of the longest nick in the room
 }
 
 /** How lines were entered: as text, which is never a command, typed, or pasted, which may be one after a question. */
@@ -3122,9 +3323,11 @@ type Input = "text" | "typed" | "pasted";
 export interface UiEvents {
   onLines(lines: readonly string[], how: Input): void;
   onEnd(): void; // there is no more input
-  onLeave(): void; // the person wants to leave
+  onLeave(key: "Ctrl-C" | "Ctrl-D"): void; // pressed when nothing was typed or asked
+  onSwitch(number: number): void; // Alt-1 … 9
   onGone(): void; // the terminal has gone, or nobody reads the output any more
   onTab(before: string): readonly string[]; // what could stand in place of the text before the cursor
+  onTyped(line: string): string | undefined; // what is to stand in place of the line
 }
 
 export interface Ui {
@@ -3139,6 +3342,8 @@ export interface Ui {
   welcome(room: Clean, nick: Clean, others: Clean): void;
   /** Shows what only a person wants to know: who joined and left, that a day has begun. */
   aside(text: Clean): void;
+  /** Shows that something else begins: another room, the history. */
+  rule(title: Clean): void;
   bell(): void;
   /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
   ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
@@ -3147,6 +3352,13 @@ export interface Ui {
   holdInput(hold: boolean): void;
   clear(): void;
   close(): void;
+}
+
+/** A key that readline has recognised. */
+interface Key {
+  readonly name?: string;
+  readonly ctrl?: boolean;
+  readonly meta?: boolean;
 }
 
 /** A person at a terminal: what the full terminal and plain mode have in common. */
@@ -3163,6 +3375,7 @@ abstract class PersonalUi implements Ui {
   #accepts = false;
   #early: { readonly lines: readonly string[]; readonly how: Input }[] = []; // entered before lines were accepted
   #hasHidden = false; // an answer, so that one of those lines may be a password
+  readonly #palette = new Palette();
   constructor() {
     const editor = this.editor = openEditor((text) => this.echo(text));
     const close = editor.close.bind(editor);
@@ -3173,13 +3386,17 @@ abstract class PersonalUi implements Ui {
         // The terminal has gone, and cannot be put into its former mode.
       }
     };
-    editor.close = () => this.#isGone ? this.#closeEditor() : this.interrupt();
+    editor.close = () => this.#isGone ? this.#closeEditor() : this.interrupt("Ctrl-D");
     process.stdin.prependListener("end", () => this.#isGone = true);
     process.stdout.on("error", () => this.#gone());
     editor.on("close", () => this.#gone());
     editor.on("line", (line) => this.#isGone || this.#entered(line)); // else nobody has pressed Enter
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
-    editor.on("SIGINT", () => this.interrupt());
+    editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
+    process.stdin.on("keypress", (_, key?: Key) => {
+      if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.#events?.onSwitch(Number(key.name));
+      this.#typed();
+    });
     editor.on("SIGCONT", () => editor.resume()); // it has paused, and relies on a prompt of its own to go on
     takePastes(process.stdin, (text) => this.#paste(text));
     this.#markPastes(true);
@@ -3210,14 +3427,15 @@ abstract class PersonalUi implements Ui {
     if (early.length && this.#hasHidden) return this.note(clean("what you typed before you were in is not sent"));
     for (const { lines, how } of early) this.#events?.onLines(lines, how);
   }
-  message({ time, nick, target, text, nickWidth, ...message }: Message): void {
-    const paintNick = (one: Clean) => this.paint(colourOf(one, this.colours), one);
-    const width = Math.min(12, this.columns >> 3, nickWidth);
-    const padding = message.isAction ? "" : " ".repeat(Math.max(0, width - cells(nick)));
-    const name = paintNick(nick) + (message.isPrivate ? ` > ${paintNick(target)}` : padding);
-    const before = (message.isElsewhere ? `${target} ` : "") + (message.isAction ? "* " : "");
-    const style = message.isOld ? DIM : message.isForMe && !message.isPrivate ? BOLD : undefined;
-    this.show(`${this.paint(DIM, clockTime(time))} ${before}${name} `, text, style);
+  /** The nick is followed by where it was said, if that is elsewhere: `bo>ana` or `bo#lab`, as no nick looks. */
+  message({ time, nick, target, text, ...message }: Message): void {
+    const place = message.isPrivate ? `>${target}` : message.isElsewhere ? target : "";
+    const width = Math.min(8, this.columns >> 3);
+    const padding = message.isAction ? "" : " ".repeat(Math.max(0, width - cells(nick + place)));
+    const name = this.paint(message.isOwn ? BOLD : this.#palette.of(nick, this.colours), nick);
+    const style = message.isOld ? DIM : message.isForMe ? BOLD : undefined;
+    const head = `${this.paint(DIM, clockTime(time))} ${message.isAction ? "* " : ""}${name}${place}${padding} `;
+    this.show(head, text, style);
   }
   note(text: Clean): void {
     this.show(this.paint(DIM, "-- "), text, DIM);
@@ -3228,6 +3446,9 @@ abstract class PersonalUi implements Ui {
   }
   aside(text: Clean): void {
     this.note(text);
+  }
+  rule(title: Clean): void {
+    this.show(this.paint(DIM, "── "), clean(`${title} ──`), DIM);
   }
   bell(): void {
     write(process.stdout, "\x07");
@@ -3273,6 +3494,13 @@ abstract class PersonalUi implements Ui {
   protected complete(before: string): readonly string[] {
     return this.#events?.onTab(before) ?? [];
   }
+  #typed(): void {
+    const line = this.question ? undefined : this.#events?.onTyped(this.editor.line);
+    if (line !== undefined) this.replaceLine(line);
+  }
+  protected replaceLine(line: string): void {
+    this.edit(line);
+  }
   /** Puts a text in place of the line that is being typed. */
   protected edit(text: string, cursor = text.length): void {
     Object.assign(this.editor, { line: text, cursor });
@@ -3305,14 +3533,14 @@ abstract class PersonalUi implements Ui {
     if (answer) answer(line);
     else this.enter([line], "typed");
   }
-  /** At Ctrl-C and Ctrl-D: cancels the question, or clears the line; where there is neither, the person leaves. */
-  protected interrupt(): void {
+  /** Cancels the question, or clears the line; where there is neither, the person leaves. */
+  protected interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
     const answer = this.#answer;
     this.#answer = undefined;
     if (answer) return answer(undefined);
     const { line } = this.editor;
     this.edit("");
-    if (!line) this.#events?.onLeave();
+    if (!line) this.#events?.onLeave(key);
   }
   #gone(): void {
     this.#answer?.(undefined);
@@ -3323,19 +3551,28 @@ abstract class PersonalUi implements Ui {
 /** Plain mode: readline echoes what is typed, and every line is written once. */
 class PlainUi extends PersonalUi {
   protected readonly colours = 0;
+  /** A line that is half typed is written again below what is shown. */
   protected show(head: string, text: Clean): void {
+    const { line } = this.editor;
+    const isTyping = line !== "" || this.question !== undefined;
+    if (isTyping) write(process.stdout, "\n");
     writeLine(process.stdout, `${head}${text}` as Clean);
+    if (isTyping) this.redraw();
   }
   /** A line break shows that a hidden answer was taken. */
   protected echo(text: string): void {
     if (!this.question?.hidden || !text.trim()) write(process.stdout, text);
   }
   protected redraw(): void {
-    write(process.stdout, (this.question?.text ?? "") + this.editor.line);
+    write(process.stdout, (this.question?.text ?? "") + (this.question?.hidden ? "" : this.editor.line));
   }
-  protected override interrupt(): void {
+  protected override replaceLine(line: string): void {
     write(process.stdout, "\n");
-    super.interrupt();
+    super.replaceLine(line);
+  }
+  protected override interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
+    write(process.stdout, "\n");
+    super.interrupt(key);
   }
 }
 
@@ -3347,7 +3584,10 @@ class PipeUi implements Ui {
   #ended = false;
   #accepts = false;
   #early: string[] = []; // read before lines were accepted: --timeout counts from the end of the input
-  constructor() {
+  readonly #how: Input;
+  /** @param commands whether a line that begins with a slash is a command, as it is where a person types */
+  constructor(commands = false) {
+    this.#how = commands || process.stdin.isTTY ? "typed" : "text";
     this.#reader = readline.createInterface({ input: process.stdin, crlfDelay: Infinity });
     this.#reader.on("line", (line) => this.#enter(line));
     this.#reader.on("close", () => {
@@ -3365,14 +3605,13 @@ class PipeUi implements Ui {
     this.holdInput(false);
     for (const line of this.#early.splice(0)) this.#enter(line);
   }
-  /** Where a person types and only the output goes into a pipe, a line may be a command. */
   #enter(line: string): void {
-    if (this.#accepts) this.#events?.onLines([line], process.stdin.isTTY ? "typed" : "text");
+    if (this.#accepts) this.#events?.onLines([line], this.#how);
     else if (this.#early.push(line) >= LIMITS.outbox) this.holdInput(true);
   }
-  message({ time, nick, text, isAction, isOwn }: Message): void {
+  message({ time, nick, target, text, isAction, isOwn }: Message): void {
     if (isOwn) return;
-    const line = `${new Date(time).toISOString()}\t${nick}\t${isAction ? "/me " : ""}${text}`;
+    const line = `${new Date(time).toISOString()}\t${target}\t${nick}\t${isAction ? "/me " : ""}${text}`;
     writeLine(process.stdout, line as Clean);
   }
   note(text: Clean): void {
@@ -3382,6 +3621,7 @@ class PipeUi implements Ui {
     this.note(clean(`in ${room} as ${nick}; here: ${others || "nobody else"}`));
   }
   aside(): void {}
+  rule(): void {}
   bell(): void {}
   ask(): Promise<undefined> {
     return Promise.resolve(undefined);
@@ -3420,7 +3660,7 @@ class TerminalUi extends PersonalUi {
   #completion: { readonly options: readonly string[]; readonly next: number } | undefined;
   constructor() {
     super();
-    process.stdin.on("keypress", (_, key?: { name?: string; ctrl?: boolean }) => this.#pressed(key));
+    process.stdin.on("keypress", (_, key?: Key) => this.#pressed(key));
     process.stdout.on("resize", () => this.redraw());
     this.editor.on("SIGCONT", () => this.redraw());
   }
@@ -3452,12 +3692,23 @@ class TerminalUi extends PersonalUi {
     const margin = " ".repeat(indent - MARGIN.length) + this.paint(DIM, MARGIN);
     this.#print([first, ...rows.map((row) => margin + row)]);
   }
-  #pressed(key?: { name?: string; ctrl?: boolean }): void {
+  #pressed(key?: Key): void {
+    this.#skipCluster(key);
     const { line, cursor } = this.editor;
     if (key?.ctrl && key.name === "l") this.clear();
     if (key?.name === "tab" && (this.question || line[cursor - 1] !== "\t")) this.#complete(); // else it is in a paste
     else this.#completion = undefined;
     this.redraw();
+  }
+  /** Moves the cursor out of a grapheme cluster: readline steps from one code point to the next. */
+  #skipCluster(key?: Key): void {
+    const { line, cursor } = this.editor;
+    let end = 0;
+    for (const cluster of graphemes(line)) {
+      const start = end;
+      end += cluster.length;
+      if (start < cursor && cursor < end) Object.assign(this.editor, { cursor: key?.name === "left" ? start : end });
+    }
   }
   /** Completes the text before the cursor; pressed again, in the next way. */
   #complete(): void {
@@ -3521,8 +3772,8 @@ class TerminalUi extends PersonalUi {
 }
 
 /** The interface that suits standard input and output. */
-export function openUi(plain = false): Ui {
-  if (!process.stdin.isTTY || !process.stdout.isTTY) return new PipeUi();
+export function openUi({ plain = false, commands = false } = {}): Ui {
+  if (!process.stdin.isTTY || !process.stdout.isTTY) return new PipeUi(commands);
   return plain || environment("TERM") === "dumb" ? new PlainUi() : new TerminalUi();
 }
 
@@ -3541,6 +3792,7 @@ export interface JoinOptions {
   readonly room?: string | undefined; // the one to talk in, instead of the server's first
   readonly ca?: string | undefined; // PEM text of the roots to trust instead of the runtime's
   readonly timeoutMs?: number | undefined; // see LIMITS
+  readonly listens?: boolean; // whether to stay after the end of the input
   readonly backOffMs?: (tries: number) => number; // how long to wait before connecting once more
   readonly explain?: boolean; // say what happens on the connection
   readonly keylog?: boolean; // write the TLS keys to standard error
@@ -3556,17 +3808,18 @@ class Lost extends Fault {
   }
 }
 
-const KNOWN_TAGS: ReadonlySet<string> = new Set(["time", "msgid", "batch", ONCE]); // of which a client keeps nothing else
+const KNOWN_TAGS: ReadonlySet<string> = new Set(["time", "msgid", "batch", ONCE]); // a client keeps no others
 
 class Link {
   readonly socket: tls.TLSSocket;
   readonly certificate: crypto.X509Certificate | undefined;
   trust = ""; // why the server is trusted; empty while it is not
   ended = ""; // why the connection has ended; empty while it has not
+  isDismissed = false; // the operator has ended it: reconnecting would be wrong
   welcomedAt = 0; // by the monotonic clock; 0 before the welcome
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
-  explain: (text: string) => void = () => {};
+  explain: ((kind: string, text: string) => void) | undefined;
   readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
   #unread = 0; // characters in them
   #wake: () => void = () => {};
@@ -3578,7 +3831,6 @@ class Link {
     socket.on("data", (chunk: Buffer) => {
       this.heardAt = clock.now();
       this.isPinged = false;
-      this.explain(`read ${recorded(chunk.length)}`);
       splitter.push(chunk);
       for (let split; (split = splitter.next());) if ("text" in split) this.#take(split.text);
     });
@@ -3586,10 +3838,14 @@ class Link {
     socket.on("close", () => this.end("the server closed the connection"));
   }
   #take(text: string): void {
+    this.#explainLine("←", text);
     const { tags, ...rest } = parse(text);
     const line = { ...rest, tags: tags.size ? new Map([...tags].filter(([name]) => KNOWN_TAGS.has(name))) : NO_TAGS };
     if (line.command === "PING") return this.send("PONG", line.params);
-    if (line.command === "ERROR") return this.end(wordsOf(line));
+    if (line.command === "ERROR") {
+      this.isDismissed = DISMISSAL.test(line.params.at(-1) ?? "");
+      return this.end(wordsOf(line));
+    }
     this.#unread = (this.#lines.push(line) === 1 ? 0 : this.#unread) + text.length;
     if (this.#unread > LIMITS.inputBytes) return this.end("it sends more than can be read");
     this.#wake();
@@ -3602,28 +3858,48 @@ class Link {
   send(command: string, params: readonly string[], tags: readonly Tag[] = []): void {
     if (this.ended || !this.trust) return;
     const line = `${format(command, params, "", tags)}\r\n`;
-    this.explain(`wrote ${recorded(Buffer.byteLength(line))}`);
+    this.#explainLine("→", line.trimEnd());
     this.socket.write(line);
     if (this.socket.writableLength > LIMITS.queueBytes) this.end("it does not read what it is sent");
+  }
+  /** Shows a line, without its tags and without what belongs to the login. */
+  #explainLine(arrow: "→" | "←", line: string): void {
+    const text = line.replace(/^@\S* /, "");
+    const shown = text.replace(/^(AUTHENTICATE|REGISTER \* \*|PASS) \S{9,}/, "$1 …");
+    const [kind = ""] = /^(:\S* )?\S+/.exec(text) ?? [];
+    const tags = text === line ? "" : "@… "; // left out, but counted
+    this.explain?.(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
   }
   /** Drops lines until one has this command, and returns it. @throws {Lost} once the connection has ended */
   async next(command = /^/): Promise<Line> {
     for (;;) {
       const line = this.#lines.shift();
       if (line && command.test(line.command)) return line;
+      if (!line && this.isDismissed) {
+        {
+          const isKick = this.ended.startsWith("kicked");
+          throw new Fault(
+            this.ended.replace(/^kicked/, "you were kicked"),
+            isKick ? "you can join again" : "ask the operator",
+          );
+        }
+      }
       if (!line && this.ended) throw new Lost(this.ended);
       if (!line) await new Promise<void>((wake) => this.#wake = wake);
     }
   }
-  /** Describes the connection in plain words. */
-  facts(): string[] {
-    return [...describe(this.socket, this.certificate), `trusted, because ${this.trust}`];
+  /** Describes the connection. */
+  facts(): Fact[] {
+    return [...describe(this.socket, this.certificate), { step: 3, label: "trusted", text: `because ${this.trust}` }];
   }
 }
 
 /** The words of a line from the server, in the way in which the program writes its own. */
 const wordsOf = ({ params }: Line) =>
-  clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]* )/, (first) => first.toLowerCase());
+  clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]*:? )/, (first) => first.toLowerCase());
+
+/** What an operator's command ends a connection with. */
+const DISMISSAL = /^(Kicked|The operator|The account was deleted)/;
 
 /** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
 const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
@@ -3720,6 +3996,7 @@ class Login {
       this.nick = clean(line.params[0] ?? this.nick);
       this.isReturning = true;
       this.hasAsked = false;
+      this.#explain("6 the room: each line is text in a TLS record; lines that are written at once share one");
       link.welcomedAt = this.#options.clock.now();
     } finally {
       this.#cancelDeadline();
@@ -3772,7 +4049,7 @@ class Login {
       const hint = "only a chain that leads to a trusted root can vouch for it";
       throw new Fault("the server's key is neither P-256 nor Ed25519: no pin and no code is safe for it", hint, 3);
     }
-    if (this.#pin) link.trust = "its key is the pinned one";
+    if (this.#pin) link.trust = this.#options.pin ? "its key is the pinned one" : "its key is the one accepted before";
     else if (!problem) link.trust = "its certificate leads to a trusted root and is for this name";
     else if (isOnLoopback) {
       this.#note(`accepted its key ${pin} unchecked: it is this machine`);
@@ -3781,8 +4058,10 @@ class Login {
     } else link.trust = await this.#compare(certificate.publicKey, problem);
     if (problem) this.#pin = pin;
     if (link.ended) throw new Lost(link.ended); // during the question
-    for (const fact of link.facts()) this.#explain(fact);
-    link.explain = (text) => this.#explain(text);
+    if (!this.#options.explain) return;
+    lessonOf(link.facts()).forEach((line) => this.#note(line));
+    const lines = new Folded((text) => this.#note(text));
+    link.explain = (kind, text) => lines.tell(kind, text);
   }
   /** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
   #problemOf(certificate: crypto.X509Certificate, isChainTrusted: boolean): string | undefined {
@@ -3833,6 +4112,9 @@ class Login {
       const hint = "an IRC client such as irssi gets in";
       throw new Fault(`${host}:${port} is an IRC server, but not a chat server`, hint);
     }
+    if (!offered.has(REGISTRATION) && !this.isReturning) {
+      this.#note("registration is closed here: without an account, ask the operator for /admit NICK");
+    }
     // A client without draft/chathistory is sent the private messages that it missed: the first time, that is wanted.
     const isLater = (name: Cap) => name === "draft/chathistory" && !this.isReturning;
     link.send("CAP", ["REQ", WANTED_CAPS.filter((name) => offered.has(name) && !isLater(name)).join(" ")]);
@@ -3854,9 +4136,9 @@ class Login {
     const error = await this.#scram(link);
     if (error === "e=unknown-user") await this.#register(link);
     else if (error) {
-      const text = `${this.nick} is registered here, and not with this password`;
-      if (this.#options.password !== undefined) throw new Fault(text, "another nick, or another password");
-      this.#note(text);
+      const text = `wrong password for ${this.nick}`;
+      if (this.#options.password !== undefined) throw new Fault(text, "is it your nick? another one may be free");
+      this.#note(`${text} (not yours? Ctrl-C, and join with another nick)`);
       if (link.ended) throw new Fault(link.ended, "try again later"); // too many wrong passwords
       this.#password = this.keys = undefined;
     }
@@ -3865,6 +4147,7 @@ class Login {
   /** SCRAM-SCRYPT-PLUS. @returns the server's error, such as e=unknown-user; undefined if it is logged in */
   async #scram(link: Link): Promise<string | undefined> {
     const binding = sha256(link.certificate?.raw ?? "");
+    this.#explain("5 login: what crosses the wire now proves that we know the password, and does not contain it");
     const scram = scramClient(this.nick, (salt) => this.#keysFor(link, salt), binding);
     link.send("AUTHENTICATE", ["SCRAM-SCRYPT-PLUS"]);
     await link.next(/^(AUTHENTICATE|904)$/);
@@ -3907,10 +4190,10 @@ class Login {
   /** Registers the nick with a verifier: the password itself stays here. */
   async #register(link: Link): Promise<void> {
     if (!this.isReturning && this.#options.password === undefined) {
-      const question = `No account ${this.nick} here yet. The same password again registers it: `;
+      const question = `${this.nick} is free. Repeat the password to register: `;
       if (await this.#ask(link, question, "", true) !== this.#password) {
         this.#password = undefined;
-        if (!link.ended) this.#note("these were two different passwords; nothing is registered");
+        if (!link.ended) this.#note("the passwords do not match");
         return;
       }
     }
@@ -3924,7 +4207,8 @@ class Login {
     if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by this client, before the connection broke
     this.keys = undefined;
     const why = wordsOf(line);
-    if (this.#options.nick || this.isReturning) throw new Fault(why, OTHER_NICK);
+    const hint = /operator|server/.test(why) ? "ask whoever runs the server" : OTHER_NICK;
+    if (this.#options.nick || this.isReturning) throw new Fault(why, hint);
     this.#note(why);
     this.nick = "";
   }
@@ -4067,9 +4351,8 @@ class Connection {
 }
 
 /* =====================================================================================================================
- * Conversations
- * What a client knows of the rooms that it is in, and what a person sees of them. A cursor in each room lets the client
- * catch up after a reconnect; messages that arrive meanwhile are held, so that all are shown in order and once.
+ * Transcript
+ * What a person sees of the rooms and of the people who write: which messages, how, and who joined and left in between.
  * ================================================================================================================== */
 
 const HISTORY_SHOWN = 50; // messages, on joining a room
@@ -4091,7 +4374,6 @@ const listed = (names: readonly string[], most: number) =>
 class Conversation {
   readonly name: string;
   readonly nicks = new Map<string, Clean>(); // by folded nick
-  widest = 5; // columns of the longest nick that has been in it
   cursor: { readonly id: string; readonly time: number } | undefined; // the last message shown
   /** Pages are loaded: the latest one, or those after the cursor. Meanwhile messages are held. */
   state: "absent" | "live" | "latest page" | "page after cursor" | "next page" = "absent";
@@ -4107,7 +4389,6 @@ class Conversation {
   }
   add(nick: Clean): void {
     this.nicks.set(detached(fold(nick)), detached(nick) as Clean);
-    if (nick.length > this.widest) this.widest = nick.length;
     if (this.nicks.size > LIMITS.accounts) throw new Lost("it names too many people");
   }
 }
@@ -4126,7 +4407,8 @@ class Transcript {
   readonly #clock: Clock;
   readonly #me: { readonly nick: string };
   readonly #shown = new Set<string>(); // ids of messages
-  readonly #changes = new Map<string, Presence>(); // by nick, not shown yet
+  readonly #changes = new Map<string, Presence>(); // in the room that is talked in, by nick; not shown yet
+  #changedRoom = "";
   #day = ""; // of the last message shown
   #cancelPresence = () => {};
   constructor(ui: Ui, clock: Clock, me: { readonly nick: string }) {
@@ -4137,8 +4419,11 @@ class Transcript {
   note(text: string): void {
     this.#ui.note(clean(text));
   }
-  /** Shows a message, unless it was shown before, and rings if it is for this person. */
-  show(line: Line, how: Shown, room: Conversation | undefined, current: Conversation | undefined): void {
+  /**
+   * Shows a message, unless it was shown before, and rings if it is for this person.
+   * @returns the room or the person that it came from, if it is news from somebody else
+   */
+  show(line: Line, how: Shown, room: Conversation | undefined, current: Conversation | undefined): string | undefined {
     const { source, tags, params: [target = "", raw = ""] } = line;
     const time = timeOf(line, this.#clock);
     if (this.#markShown(tags.get("msgid"), time, room) && how !== "again") return;
@@ -4146,9 +4431,9 @@ class Transcript {
     const isAction = raw.startsWith("\x01ACTION ");
     if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && !isAction)) return;
     const text = clean(isAction ? raw.slice(8).replace("\x01", "") : raw);
-    if (!source.includes("!")) return this.note(`${nick}: ${text}`);
+    if (!source.includes("!")) return void this.note(`${nick}: ${text}`);
     this.#showPresence();
-    this.#showDay(time);
+    this.#showDay(time, how !== "new");
     const me = this.#me.nick;
     const isOwn = fold(nick) === fold(me);
     const isOld = how !== "new";
@@ -4157,10 +4442,10 @@ class Transcript {
     const isNamed = new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text);
     const isForMe = !isOwn && !isOld && (isPrivate || isNamed);
     const isElsewhere = !isPrivate && room !== current;
-    const nickWidth = current?.widest ?? 0;
     const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe };
-    this.#ui.message({ time, nick, target: clean(target), text, nickWidth, ...kind });
+    this.#ui.message({ time, nick, target: clean(target), text, ...kind });
     if (isForMe && this.rings) this.#ui.bell();
+    return isOwn || isOld ? undefined : room?.name ?? nick;
   }
   /** Notes that a message is shown. @returns whether it was shown before */
   #markShown(id: string | undefined, time: number, room: Conversation | undefined): boolean {
@@ -4182,13 +4467,24 @@ class Transcript {
     if (isOnlyRoom) this.#ui.welcome(clean(room.name), clean(me), clean(here));
     else this.note(`in ${room.name} as ${me}; here: ${here || "nobody else"}`);
   }
-  #showDay(time: number): void {
+  #showDay(time: number, isOld: boolean): void {
     const day = new Date(time).toDateString();
-    if (this.#day && day !== this.#day) this.#ui.aside(clean(day));
+    if ((this.#day || isOld) && day !== this.#day) this.#ui.aside(clean(day));
     this.#day = day;
   }
+  /** Shows earlier messages between two rules. */
+  showPage(title: string, lines: readonly Line[], room: Conversation | undefined, isBeginning: boolean): void {
+    this.#ui.rule(clean(`history of ${title}`));
+    const day = this.#day;
+    this.#day = "";
+    for (const line of lines) this.show(line, "again", room, room);
+    this.#day = day;
+    this.#ui.rule(clean(isBeginning ? "that was the beginning" : "/history shows what was before"));
+  }
   /** Somebody joined or left. Changes in quick succession are shown together, and those that cancel out not at all. */
-  presence(nick: string, how: Presence): void {
+  presence(nick: string, how: Presence, room: string): void {
+    if (room !== this.#changedRoom) this.#showPresence();
+    this.#changedRoom = room;
     if (!this.#changes.size) this.#cancelPresence = this.#clock.after(PRESENCE_MS, () => this.#showPresence());
     if ((this.#changes.get(nick) ?? how) === how) this.#changes.set(nick, how);
     else this.#changes.delete(nick);
@@ -4204,14 +4500,23 @@ class Transcript {
       return nicks.length && `${listed(nicks, 5)} ${how}`;
     }).filter(Boolean);
     this.#changes.clear();
-    if (texts.length) this.#ui.aside(clean(texts.join("; ")));
+    const time = clockTime(this.#clock.wall());
+    if (texts.length) this.#ui.aside(clean(`${time} ${this.#changedRoom}: ${texts.join("; ")}`));
   }
 }
 
+/* =====================================================================================================================
+ * Conversations
+ * What a client knows of the rooms that it is in. A cursor in each room lets the client catch up after a reconnect;
+ * messages that arrive meanwhile are held, so that all are shown in order and once.
+ * ================================================================================================================== */
+
 class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
-  current: Conversation | undefined; // the one being talked in
-  wanted = ""; // the room to talk in once it has been joined
+  readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
+  target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
+  readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
+  readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
   readonly #sendRequest: (params: readonly string[]) => void;
   #batch: { readonly id: string; readonly target: string; readonly lines: Line[] } | undefined; // a page of history
@@ -4227,6 +4532,28 @@ class Conversations {
 
   find(name: string): Conversation | undefined {
     return this.rooms.get(fold(name));
+  }
+  /** The room that is talked in, if it is one, and it has been joined. */
+  get current(): Conversation | undefined {
+    return this.find(this.target);
+  }
+  /** Rooms and people that one can turn to. */
+  get places(): string[] {
+    const people = [...this.unread.values()].map(({ name }) => name).filter((name) => !name.startsWith("#"));
+    return [...new Set([...Array.from(this.rooms.values(), ({ name }) => name), this.target, ...people])].filter(
+      Boolean,
+    );
+  }
+  /** Says how much is unread in a room or of a person, and which key turns to it; empty if there is nothing to say. */
+  unreadIn(place: string): string {
+    const at = this.places.findIndex((one) => fold(one) === fold(place)) + 1;
+    const count = this.unread.get(fold(place))?.count;
+    return (count ? `, ${count} unread` : "") + (at && at < 10 ? `, Alt-${at}` : "");
+  }
+  /** From now on what is typed goes to this room or person. */
+  turnTo(target: string): void {
+    this.target = target;
+    this.unread.delete(fold(target));
   }
   /** The client has left the last of its rooms. */
   get isRoomless(): boolean {
@@ -4250,6 +4577,7 @@ class Conversations {
     if (!this.#requests) this.#completeUntil = this.#transcript.latest || this.#completeUntil;
     this.#requests = 0;
     this.#batch = undefined;
+    this.#asked.clear();
     for (const room of this.rooms.values()) room.state = "absent";
   }
   /** The client is online. After a reconnect it asks in which private talks something was said meanwhile. */
@@ -4279,10 +4607,7 @@ class Conversations {
       room.cursor = { id: "", time };
       room.state = "live";
     }
-    if (this.wanted ? fold(this.wanted) === fold(name) : !this.current) {
-      this.wanted = "";
-      this.current = room;
-    }
+    if (!this.target) this.turnTo(name);
   }
   /** Forgets a room that another connection of this account has left meanwhile. */
   #forgetRoom(entered: Conversation): void {
@@ -4290,9 +4615,10 @@ class Conversations {
     if (!absent) throw new Lost("it says that we are in too many rooms");
     this.parted(absent);
   }
-  parted(room: Conversation): void {
-    this.rooms.delete(fold(room.name));
-    if (room === this.current) this.current = [...this.rooms.values()].at(-1);
+  parted({ name }: Conversation): void {
+    this.rooms.delete(fold(name));
+    this.unread.delete(fold(name));
+    if (fold(name) === fold(this.target)) this.turnTo([...this.rooms.values()].at(-1)?.name ?? "");
   }
   /** Somebody joined or left a room: shown if it is the current one, and not part of catching up. */
   presence(room: Conversation, nick: Clean, how: Presence): void {
@@ -4300,7 +4626,7 @@ class Conversations {
     if (how === "joined") room.add(nick);
     else room.nicks.delete(fold(nick));
     const isChange = wasThere !== (how === "joined");
-    if (isChange && room === this.current && !room.isLoading) this.#transcript.presence(nick, how);
+    if (isChange && room === this.current && !room.isLoading) this.#transcript.presence(nick, how, room.name);
   }
   rename(nick: string, to: Clean): void {
     for (const room of this.rooms.values()) if (room.nicks.delete(fold(nick))) room.add(to);
@@ -4311,13 +4637,17 @@ class Conversations {
   /** Takes a message: shows it, or holds it until its room has caught up. */
   message(line: Line): void {
     const room = this.find(line.params[0] ?? "");
-    if (!room?.isLoading) return this.#show(line, "new");
+    if (!room || room.state === "live") return this.#show(line, "new");
     room.held.push(line);
     const held = [...this.rooms.values()].reduce((sum, one) => sum + one.held.length, 0);
     if (held > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
   #show(line: Line, how: Shown): void {
-    this.#transcript.show(line, how, this.find(line.params[0] ?? ""), this.current);
+    const from = this.#transcript.show(line, how, this.find(line.params[0] ?? ""), this.current);
+    if (!from || fold(from) === fold(this.target)) return;
+    const unread = this.unread.get(fold(from));
+    if (unread) unread.count++;
+    else if (this.unread.size < LIMITS.roomsPerMember * 2) this.unread.set(fold(from), { name: from, count: 1 });
   }
   /** Takes BATCH, or a line in a batch. @returns whether the line was taken */
   takeBatched(line: Line): boolean {
@@ -4341,10 +4671,13 @@ class Conversations {
     this.#requests++;
     this.#sendRequest([...params, String(limit)]);
   }
-  /** Asks for the latest messages of a room because the person wants to see them. @returns false if it is loading */
-  requestLatest(room: Conversation, limit: number): boolean {
-    if (!room.isLoading) this.#send(["LATEST", room.name, "*"], limit);
-    return !room.isLoading;
+  /** Asks for the messages before the oldest one seen, for the person. @returns false if some are being loaded */
+  requestEarlier(target: string, limit: number): boolean {
+    if (this.find(target)?.isLoading || this.#asked.has(fold(target))) return false;
+    const oldest = this.oldest.get(fold(target));
+    this.#asked.set(fold(target), limit);
+    this.#send(oldest ? ["BEFORE", target, `msgid=${oldest}`] : ["LATEST", target, "*"], limit);
+    return true;
   }
   /** Since when private messages may have been missed. Those of that very millisecond come once more. */
   get #since(): string {
@@ -4360,15 +4693,19 @@ class Conversations {
     }
     const room = this.find(target);
     const isLatest = room?.state === "latest page";
-    const isRequested = room !== undefined && !room.isLoading; // by the person
+    const asked = this.#asked.get(fold(target));
+    const first = lines.at(isLatest ? -HISTORY_SHOWN : 0) ?? lines[0];
+    const oldest = first?.tags.get("msgid");
+    if (oldest && (isLatest || asked)) this.oldest.set(fold(target), oldest);
+    if (asked) {
+      this.#asked.delete(fold(target));
+      return this.#transcript.showPage(target, lines, room, lines.length < asked);
+    }
     const expected = room?.state === "page after cursor" && room.cursor?.id;
     if (expected && !lines.some(({ tags }) => tags.get("msgid") === expected)) {
       this.#transcript.note("something may be missing here: the server no longer has it");
     }
-    for (const line of isLatest ? lines.slice(-HISTORY_SHOWN) : lines) {
-      this.#show(line, isRequested ? "again" : isLatest ? "old" : "new");
-    }
-    if (isRequested) return;
+    for (const line of isLatest ? lines.slice(-HISTORY_SHOWN) : lines) this.#show(line, isLatest ? "old" : "new");
     const last = lines.at(-1)?.tags.get("msgid");
     if (!isLatest && lines.length >= this.#pageSize && last) {
       if (room) room.state = "next page";
@@ -4394,18 +4731,25 @@ class Conversations {
 interface Outgoing {
   readonly target: string; // empty for the room that will be talked in first
   readonly text: string;
+  readonly enteredAt: number; // by the monotonic clock
+  isSent?: boolean; // it was written to a connection, and may have arrived
+}
+
+/** An outgoing message as a person would enter it. */
+function describeOutgoing({ target, text }: Outgoing): string {
+  const words = text.startsWith("\x01ACTION ") ? `/me ${text.slice(8).replace("\x01", "")}` : text;
+  return target && !target.startsWith("#") ? `/msg ${target} ${words}` : `${target && `in ${target}: `}${words}`;
 }
 
 /**
- * Splits a text into parts that fit into one message each, between grapheme clusters where that is possible.
+ * Splits a text into parts that fit into one message each: between words, or else between grapheme clusters.
  * @param wrapping what stands around each part
  */
 function splitText(text: string, source: string, target: string, wrapping: string): string[] {
   const head = `:${source} PRIVMSG ${target || "x".repeat(LIMITS.room)} :${wrapping}`;
   const space = LIMITS.bodyBytes - 2 - Buffer.byteLength(head);
-  const bytes = (cluster: string) => Buffer.byteLength(cluster);
-  const clusters = graphemes(text.replace(/[\0\r\n]/g, " ")).flatMap((one) => bytes(one) > space ? [...one] : [one]);
-  return joinUpTo(space, clusters, bytes);
+  const line = text.replace(/[\0\r\n]/g, " ");
+  return Buffer.byteLength(line) <= space ? [line] : wrap(line, space, (part) => Buffer.byteLength(part));
 }
 
 /** The messages to be sent, in order. The first of them, a window, are sent and not yet acknowledged. */
@@ -4422,22 +4766,31 @@ class SendQueue {
   restart(): void {
     this.#sent = 0;
   }
-  /** Sends what fits into the window. @param room where the messages without a target go */
+  /** Drops the messages to people. @returns them */
+  dropPrivate(): Outgoing[] {
+    const dropped = [...this.messages].filter(([, { target }]) => target && !target.startsWith("#"));
+    for (const [number] of dropped) this.messages.delete(number);
+    return dropped.map(([, message]) => message);
+  }
+  /** Sends what fits into the window. @param room where the messages without a target go; empty if that is not known */
   pump(link: Link, room: string): void {
     let inFlight = 0;
-    for (const [number, { target, text }] of this.messages) {
-      if (++inFlight > LIMITS.window) return;
+    for (const [number, message] of this.messages) {
+      const { target, text } = message;
+      if (++inFlight > LIMITS.window || !(target || room)) return;
       if (number <= this.#sent) continue;
       this.#sent = number;
+      message.isSent = true;
       link.send("PRIVMSG", [target || room, text], [[ONCE, `${this.#instance}-${number}`]]);
     }
   }
-  /** Takes the key of a message that the server has executed or refused. @returns whether it was one of these */
-  acknowledge(key = "", isRefused = false): boolean {
+  /** Takes the key of a message that the server has executed or refused. @returns the message, if it is one of ours */
+  acknowledge(key = "", isRefused = false): Outgoing | undefined {
     const [instance, number] = key.split(/-(?=\d+$)/);
-    if (instance !== this.#instance || !this.messages.delete(Number(number))) return false;
-    if (isRefused) this.refused++;
-    return true;
+    const message = instance === this.#instance ? this.messages.get(Number(number)) : undefined;
+    this.messages.delete(Number(number));
+    if (message && isRefused) this.refused++;
+    return message;
   }
 }
 
@@ -4451,6 +4804,9 @@ class Client implements ConnectionEvents {
   readonly #login: Login;
   readonly #queue = new SendQueue();
   #inputEnded = false; // it leaves when everything has been sent
+  #leaveAskedAt = -Infinity;
+  #boot = ""; // the boot id of the server
+  #isGreeted = false; // on this connection the server has told its boot id
   #progressAt = 0; // when the input ended, or a message was acknowledged since
   #gaveUp = false;
   constructor(options: Settings) {
@@ -4461,21 +4817,26 @@ class Client implements ConnectionEvents {
     this.connection = new Connection(options, this.#login, this);
     this.transcript = new Transcript(ui, clock, this.#login);
     this.conversations = new Conversations(this.transcript, (params) => this.link?.send("CHATHISTORY", params));
-    this.conversations.wanted = room;
+    this.conversations.target = room;
   }
   /** Stays in the chat until the person leaves, or all input was sent. @returns the exit status */
   async run(): Promise<number> {
     const { messages } = this.#queue;
     try {
       await this.connection.run();
-      return !this.#login.isReturning || this.#gaveUp || messages.size || this.#queue.refused ? 1 : 0;
+      const isIncomplete = this.#gaveUp || messages.size || (this.#queue.refused && !this.ui.hasPerson);
+      return this.#login.isReturning && !isIncomplete ? 0 : 1;
     } finally {
       this.transcript.end();
       if (this.#login.isReturning && messages.size) {
-        this.note(`${plural(messages.size, "line was", "lines were")} not sent:`);
-        for (const { target, text } of messages.values()) this.note(`${target || this.defaultTarget} ${text}`);
+        this.#list("not sent:", [...messages.values()].filter(({ isSent }) => !isSent));
+        this.#list("sent, and may not have arrived:", [...messages.values()].filter(({ isSent }) => isSent));
       }
     }
+  }
+  #list(what: string, messages: readonly Outgoing[]): void {
+    if (messages.length) this.note(`${plural(messages.length, "line was", "lines were")} ${what}`);
+    for (const message of messages) this.note(describeOutgoing(message));
   }
   get link(): Link | undefined {
     return this.connection.link;
@@ -4483,9 +4844,12 @@ class Client implements ConnectionEvents {
   get room(): Conversation | undefined {
     return this.conversations.current;
   }
-  /** The target of a message that names none; empty before the first room has been joined. */
-  get defaultTarget(): string {
-    return this.room?.name ?? this.conversations.wanted;
+  /** Where what is typed goes: a room or a nick; empty before the first room has been joined. */
+  get target(): string {
+    return this.conversations.target;
+  }
+  isMe(nick: string): boolean {
+    return fold(nick) === fold(this.#login.nick);
   }
   /** How many messages wait to be sent or acknowledged. */
   get waiting(): number {
@@ -4494,23 +4858,31 @@ class Client implements ConnectionEvents {
   note(text: string): void {
     this.transcript.note(text);
   }
+  /** Says what was wrong with a command. A script ends with status 1 then. */
+  mistake(text: string): void {
+    this.#queue.refused++;
+    this.note(text);
+  }
 
   // ---- The connection
 
   onWelcome(link: Link, isReturning: boolean): void {
+    this.#isGreeted = false;
     if (!isReturning) link.send("CAP", ["REQ", "draft/chathistory"]); // see Login
-    const { rooms, wanted } = this.conversations;
+    const { rooms, current } = this.conversations;
     for (const { name } of rooms.values()) link.send("JOIN", [name]);
-    if (wanted) link.send("JOIN", [wanted]);
+    if (this.target.startsWith("#") && !current) link.send("JOIN", [this.target]);
     this.conversations.connected(isReturning);
-    this.ui.acceptLines();
     this.#proceed();
   }
   onLine(line: Line): void {
     const { command, tags } = line;
-    if (this.#queue.acknowledge(tags.get(ONCE), /^([45]\d\d|FAIL)$/.test(command))) {
+    const isRefused = /^([45]\d\d|FAIL)$/.test(command);
+    const message = this.#queue.acknowledge(tags.get(ONCE), isRefused);
+    if (message) {
       this.#progressAt = this.#options.clock.now();
       if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput(false);
+      if (isRefused) this.note(`not sent: ${describeOutgoing(message)}`);
     }
     if (!this.conversations.takeBatched(line)) this.#dispatch(line);
     this.#proceed();
@@ -4521,9 +4893,10 @@ class Client implements ConnectionEvents {
     this.note(`connection lost: ${why}; reconnecting`);
     this.#proceed();
   }
-  /** Gives up the rest of the input if the server takes none of it. */
+  /** Shows what still waits, and gives up the rest of the input if the server takes none of it. */
   onTick(): void {
     const { clock, timeoutMs = LIMITS.timeoutMs } = this.#options;
+    this.#proceed();
     if (!this.#inputEnded || clock.now() - this.#progressAt <= timeoutMs) return;
     this.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
     this.#gaveUp = true;
@@ -4533,15 +4906,21 @@ class Client implements ConnectionEvents {
   #proceed(): void {
     if (this.connection.isOver) return;
     const { link, room } = this;
-    const mayTalk = room ? room.state !== "absent" : this.conversations.isRoomless;
-    if (link && mayTalk) this.#queue.pump(link, this.defaultTarget);
-    if (this.#inputEnded && this.#login.isReturning && !this.waiting && (room || this.conversations.isRoomless)) {
+    if (link && this.#isGreeted && room?.state !== "absent") this.#queue.pump(link, this.target);
+    const { rooms, isRoomless } = this.conversations;
+    if (this.#inputEnded && this.#login.isReturning && !this.waiting && (rooms.size || isRoomless)) {
       return this.connection.leave();
     }
-    const isOnline = link && mayTalk;
-    const waiting = this.waiting > (isOnline ? 20 : 0) ? `${this.waiting} waiting` : ""; // a few are always in flight
-    const state = [this.#login.isReturning && !isOnline && "offline", waiting].filter(Boolean).join(", ");
-    this.ui.setPrompt(clean(`${state && `[${state}] `}${room?.name ?? ""}> `));
+    this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
+  }
+  #showPrompt(isOffline: boolean): void {
+    const [oldest] = this.#queue.messages.values(); // the first ones are acknowledged soon
+    const isSlow = oldest && (isOffline || this.#options.clock.now() - oldest.enteredAt > LIMITS.slowMs);
+    const state = [isOffline && "offline", isSlow && `${this.waiting} waiting`].filter(Boolean).join(", ");
+    const byKind = [...this.conversations.unread.values()].sort((one, other) => one.name < other.name ? -1 : 1);
+    const unread = byKind.map(({ name, count }) => `${name} ${count}`); // rooms first: "#" sorts before letters
+    const after = unread.length ? ` [${listed(unread, 3)}]` : "";
+    this.ui.setPrompt(clean(`${state && `[${state}] `}${this.target}${after}> `));
   }
 
   // ---- What the person does
@@ -4552,6 +4931,7 @@ class Client implements ConnectionEvents {
     else this.note("not connected");
   }
   inputEnded(): void {
+    if (this.#options.listens) return;
     this.#inputEnded = true;
     this.#progressAt = this.#options.clock.now();
     this.#proceed();
@@ -4561,32 +4941,44 @@ class Client implements ConnectionEvents {
    * @param wrapPart what to put around each part
    */
   say(target: string, text: string, wrapPart = (part: string) => part): void {
-    const to = target || this.defaultTarget;
+    const to = target || this.target;
+    this.conversations.unread.delete(fold(to));
     if (!to && this.conversations.isRoomless) return this.note("you are in no room: /join #ROOM enters one");
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
-      if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note("too much waits; dropped");
-      this.#queue.add({ target: to, text: wrapPart(part) });
+      if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
+      this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
     }
     if (this.waiting >= LIMITS.outbox) this.ui.holdInput(true);
     this.#proceed();
   }
-  /** Enters a room, or turns to it if the client is in it already. */
-  talkIn(name: string): void {
-    const room = this.conversations.find(name);
-    if (!isRoom(name)) return this.note(`${name} is not a valid name of a room`);
-    if (room) this.conversations.current = room;
-    else {
-      this.conversations.wanted = name;
-      this.link?.send("JOIN", [name]);
-    }
+  /** Turns to a room or a person. A room that the client is not in is joined. */
+  talkTo(target: string): void {
+    const isOther = fold(target) !== fold(this.target);
+    this.conversations.turnTo(this.conversations.find(target)?.name ?? target);
+    if (target.startsWith("#") && !this.room) this.link?.send("JOIN", [target]);
+    if (isOther) this.ui.rule(clean(this.target));
     this.#proceed();
+  }
+  /** Leaves at Ctrl-D, and at a second Ctrl-C. */
+  askToLeave(key: "Ctrl-C" | "Ctrl-D"): void {
+    const now = this.#options.clock.now();
+    if (key === "Ctrl-D" || now - this.#leaveAskedAt < LIMITS.leaveMs) return this.leave();
+    this.#leaveAskedAt = now;
+    this.note("Ctrl-C again leaves");
+  }
+  /** Leaves when what waits has been sent; the second time at once. */
+  leave(): void {
+    if (!this.link || !this.waiting || this.#inputEnded) return this.connection.leave();
+    this.note(`leaving when ${plural(this.waiting, "line is", "lines are")} sent; again to leave at once`);
+    this.#inputEnded = true;
+    this.#progressAt = this.#options.clock.now();
   }
 
   // ---- What the server sends
 
   #dispatch(line: Line): void {
     const { conversations } = this;
-    const [first = "", second = "", third = "", fourth = ""] = line.params;
+    const [first = "", second = ""] = line.params;
     const room = conversations.find(first);
     const nick = nickOf(line);
     const isOwn = fold(nick) === fold(this.#login.nick);
@@ -4595,29 +4987,28 @@ class Client implements ConnectionEvents {
       case "NOTICE":
         return conversations.message(line);
       case "JOIN":
-        if (isOwn) return conversations.joined(first, timeOf(line, this.#options.clock), this.ui.hasPerson);
+        if (isOwn) {
+          conversations.joined(first, timeOf(line, this.#options.clock), this.ui.hasPerson);
+          return this.ui.acceptLines(); // what was entered before this goes to the first room
+        }
         return room && conversations.presence(room, nick, "joined");
       case "PART":
         if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
+        this.note(`you left ${room.name}`);
         conversations.parted(room);
-        return this.note(`you left ${room.name}`);
+        return this.ui.rule(clean(this.target || "no room"));
       case "QUIT":
-        return conversations.rooms.forEach((one) => conversations.presence(one, nick, "left"));
+        if (!first.startsWith("Kicked")) {
+          return conversations.rooms.forEach((one) => conversations.presence(one, nick, "left"));
+        }
+        conversations.rooms.forEach(({ nicks }) => nicks.delete(fold(nick)));
+        return this.note(`${nick} was ${wordsOf(line)}`);
       case "NICK":
         if (isOwn) this.#login.nick = clean(first);
         return conversations.rename(nick, clean(first));
       case "TOPIC":
         if (room) room.topic = second;
-        return this.note(
-          `${nick} ${second ? `set the topic of ${first}: ${second}` : `removed the topic of ${first}`}`,
-        );
-      case "005":
-      case "332":
-      case "353":
-      case "366":
-        return conversations.numeric(line);
-      case "322":
-        return this.note(`${second}: ${third} in it${fourth && `; ${fourth}`}`);
+        return this.note(`${nick} ${second ? "set" : "removed"} the topic of ${first}${second && `: ${second}`}`);
       case "NOTE":
       case "FAIL":
         if (first === "PASS" && line.command === "NOTE") this.#login.keys = this.newKeys ?? this.#login.keys;
@@ -4626,17 +5017,53 @@ class Client implements ConnectionEvents {
         return this.#numeric(line);
     }
   }
-  /** Shows errors and replies about people. An error about the wanted room ends a client without a person. */
   #numeric(line: Line): void {
-    if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(line.command)) {
-      this.note([...line.params.slice(1, -1), wordsOf(line)].join(": "));
+    const { conversations } = this;
+    switch (line.command) {
+      case "376": // the end of what comes first
+      case "422":
+        this.#isGreeted = true;
+        return;
+      case "005":
+        this.#noteBoot(line.params.find((token) => token.startsWith("BOOT="))?.slice(5));
+        return conversations.numeric(line);
+      case "332":
+      case "353":
+      case "366":
+        return conversations.numeric(line);
     }
-    const { wanted } = this.conversations;
-    const isWanted = wanted && fold(line.params[1] ?? "") === fold(wanted);
-    if (!/^4/.test(line.command) || !isWanted) return;
-    if (!this.ui.hasPerson) throw new Fault(line.params.slice(1).map(clean).join(" "), "--room names another room", 2);
-    this.conversations.wanted = "";
+    showReply(this, line);
   }
+  /** A nick may belong to somebody else after a restart in which the accounts were lost: nothing private goes there. */
+  #noteBoot(boot: string | undefined): void {
+    const isOther = boot && this.#boot && boot !== this.#boot;
+    this.#boot = boot ?? this.#boot;
+    if (!isOther || boot === KEPT_BOOT) return;
+    this.note("the server was restarted without its accounts: nicks may belong to others now");
+    for (const message of this.#queue.dropPrivate()) this.note(`not sent: ${describeOutgoing(message)}`);
+  }
+}
+
+/** Shows the list of rooms, replies about people, and errors. Without a person it ends if its room cannot be joined. */
+function showReply(client: Client, { command, params, ...line }: Line): void {
+  const { conversations } = client;
+  const [, room = "", count = "", topic] = params;
+  if (command === "322") {
+    const about = plural(Number(count), "person", "people") + conversations.unreadIn(room);
+    client.note(`${room}: ${about}${topic && `; ${topic}`}`);
+  } else if (command === "323") {
+    for (const { name } of conversations.unread.values()) {
+      if (!name.startsWith("#")) client.note(`${name}${conversations.unreadIn(name)}`);
+    }
+  } else if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(command)) {
+    client.note([...params.slice(1, -1), wordsOf({ command, params, ...line })].join(": "));
+  }
+  const { target, current, rooms } = conversations;
+  const isRefused = /^4/.test(command) && target.startsWith("#") && fold(room) === fold(target);
+  if (!isRefused || current) return;
+  if (!client.ui.hasPerson) throw new Fault(params.slice(1).map(clean).join(" "), "--room names another room", 2);
+  conversations.turnTo([...rooms.values()].at(-1)?.name ?? "");
+  if (client.target) client.ui.rule(clean(client.target));
 }
 
 /* =====================================================================================================================
@@ -4646,22 +5073,8 @@ class Client implements ConnectionEvents {
 
 type SlashCommand = (client: Client, rest: string) => void | Promise<void>;
 
-const EXIT = row<SlashCommand>("", "leave", ({ connection }) => connection.leave());
-
 export const SLASH: Table<SlashCommand> = {
-  exit: EXIT,
-  quit: EXIT,
-  help: row("[COMMAND]", "list what you can type", (client, rest) => {
-    const name = rest.replace(/^\//, "");
-    const found = rowOf(SLASH, name);
-    for (const line of helpLines(found ? { [name]: found } : SLASH, "/")) client.note(line);
-    if (!found) client.note("//TEXT               say something that begins with a slash");
-  }),
-  who: row("", "list who is in this room", (client) => {
-    const { name = "no room", nicks = new Map<string, Clean>() } = client.room ?? {};
-    client.note(`${plural(nicks.size, "person", "people")} in ${name}: ${[...nicks.values()].join(", ")}`);
-  }),
-  msg: row("NICK TEXT", "say something to one person", (client, rest) => {
+  msg: row("NICK TEXT", "say something to one person: /msg bo are you there?", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
     if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
     else client.note(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
@@ -4671,74 +5084,136 @@ export const SLASH: Table<SlashCommand> = {
     if (correspondent) client.say(correspondent, rest);
     else client.note("nobody has written to you yet");
   }),
-  me: row("TEXT", "say what you do", (client, rest) => client.say("", rest, (part) => `\x01ACTION ${part}\x01`)),
-  join: row("#ROOM", "enter a room, or switch to it", (client, rest) => {
-    client.talkIn(rest.replace(/^#?/, "#").replace(/ .*/, ""));
+  query: row("NICK", "talk to one person from now on, until /join or Alt-1", (client, rest) => {
+    if (isNick(rest) && !client.isMe(rest)) client.talkTo(rest);
+    else client.note(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
   }),
-  part: row("", "leave this room", (client) => client.room && client.request("PART", client.room.name)),
-  topic: row("[TEXT]", "show or set the room's topic", (client, rest) => {
-    const { room } = client;
-    if (!room) return client.note("you are in no room");
-    if (rest) return client.request("TOPIC", room.name, rest);
+  me: row("TEXT", "say what you do: /me pours coffee", (client, rest) => {
+    client.say("", rest, (part) => `\x01ACTION ${part}\x01`);
+  }),
+  join: row("#ROOM", "enter a room, or switch to it; Alt-1 … Alt-9 switch as well", (client, rest) => {
+    const name = rest.replace(/^#?/, "#").replace(/ .*/, "");
+    if (isRoom(name)) client.talkTo(name);
+    else client.note(`${name} is not a valid name of a room`);
+  }),
+  part: row("[#ROOM]", "leave this room, or another one", (client, rest) => {
+    const name = rest || client.target;
+    if (name.startsWith("#")) client.request("PART", name);
+    else client.note(noRoom(name));
+  }),
+  rooms: row("", "list all rooms", (client) => client.request("LIST")),
+  who: row("", "list who is in this room", (client) => {
+    const { room, target } = client;
+    if (!room) return client.note(target.startsWith("#") ? `you are not in ${target} yet` : noRoom(target));
+    const { name, nicks } = room;
+    client.note(`${plural(nicks.size, "person", "people")} in ${name}: ${[...nicks.values()].join(", ")}`);
+  }),
+  topic: row("[TEXT]", "show or set the room's topic; /topic - removes it", (client, rest) => {
+    const { room, target } = client;
+    if (!target.startsWith("#")) return client.note(noRoom(target));
+    if (rest || !room) return client.request("TOPIC", target, ...rest ? [rest === "-" ? "" : rest] : []);
     client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
   }),
-  rooms: row("", "list the rooms", (client) => client.request("LIST")),
-  history: row("[N]", "show what was said, N lines of it", (client, rest) => {
-    const { link, room, conversations } = client;
-    if (!link || !room) return client.note(link ? "you are in no room" : "not connected");
-    const isAsked = conversations.requestLatest(room, Number(rest) || HISTORY_SHOWN);
-    if (!isAsked) client.note("the history is being loaded");
+  history: row("[N]", "show what was said before, N lines of it; again for what was before that", showHistory),
+  away: row("[TEXT]", "say that you are away, or are back", (client, rest) => client.request("AWAY", rest)),
+  ignore: row("[NICK]", "hide what somebody says, or show it again", (client, rest) => {
+    const { ignored } = client.transcript;
+    if (rest && !isNick(rest)) return client.note(`${rest} is not a valid nick`);
+    if (client.isMe(rest)) return client.note("you cannot ignore yourself");
+    const wasHidden = ignored.delete(fold(rest));
+    if (rest && !wasHidden) ignored.add(fold(rest));
+    if (wasHidden) client.conversations.oldest.clear(); // so that /history shows it
+    const isHere = [...client.conversations.rooms.values()].some(({ nicks }) => nicks.has(fold(rest)));
+    const unknown = isHere || wasHidden ? "" : "; nobody of that nick is here";
+    if (rest) client.note(`${rest} is ${wasHidden ? "no longer ignored" : "ignored"}${unknown}`);
+    else client.note(ignored.size ? `you ignore ${[...ignored].join(", ")}` : "you ignore nobody");
   }),
-  ignore: row("NICK", "hide what somebody says, or show it again", ({ transcript }, rest) => {
-    const wasHidden = transcript.ignored.delete(fold(rest));
-    if (!wasHidden) transcript.ignored.add(fold(rest));
-    transcript.note(`${rest} is ${wasHidden ? "no longer ignored" : "ignored"}`);
-  }),
-  bell: row("on|off", "ring when you are named", ({ transcript }, rest) => {
-    transcript.rings = rest !== "off";
+  bell: row("[on|off]", "ring when you are named", ({ transcript }, rest) => {
+    if (rest) transcript.rings = rest !== "off";
     transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
   tls: row("", "describe the connection", (client) => {
-    for (const fact of client.link?.facts() ?? ["not connected"]) client.note(fact);
+    if (!client.link) return client.note("not connected");
+    for (const fact of client.link.facts()) client.note(layOut(fact));
   }),
-  password: row("", "change your password", changePassword),
+  password: row("", "change your password", askNewPassword),
   reconnect: row("", "reconnect now", ({ connection }) => connection.reconnect()),
-  clear: row("", "clear the screen", ({ ui }) => ui.clear()),
+  clear: row("", "clear the screen; /history fills it again", ({ ui, conversations }) => {
+    ui.clear();
+    conversations.oldest.clear();
+  }),
+  help: row("[COMMAND]", "list what you can type", showHelp),
+  exit: row("", "leave; Ctrl-D does so as well", (client) => client.leave()),
 };
 
-/** Takes lines that were entered. A slash begins a command if it was typed, in a paste only if the person says so. */
+const noRoom = (target: string) => target ? `you are talking to ${target}, not in a room` : "you are in no room";
+
+/** What other programs call these commands. */
+const ALIASES: Readonly<Partial<Record<string, string>>> = {
+  ...{ quit: "exit", leave: "part", list: "rooms", names: "who", j: "join", m: "msg", w: "msg", q: "query" },
+};
+
+function showHelp(client: Client, rest: string): void {
+  const name = rest.replace(/^\//, "");
+  const found = findCommand(name);
+  if (name && !found) return client.note(`there is no /${name}`);
+  const table = found ? { [name]: found } : SLASH;
+  for (const line of helpLines(table, "/")) client.note(line);
+  if (!name) client.note("//TEXT               say something that begins with a slash");
+}
+
+function showHistory(client: Client, rest: string): void {
+  const { link, target, conversations } = client;
+  const wanted = Number(rest) || HISTORY_SHOWN;
+  if (!link || !target) return client.note(link ? noRoom("") : "not connected");
+  if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
+    client.note("the history is being loaded");
+  } else if (wanted > LIMITS.chathistory) {
+    client.note(`${LIMITS.chathistory} lines come at a time; /history again shows more`);
+  }
+}
+
+const findCommand = (name: string) => rowOf(SLASH, rowOf(ALIASES, name) ?? name);
+
+/**
+ * Takes lines that were entered. They go where the person talked then, even if a question comes in between. A slash
+ * begins a command if it was typed, in a paste only if the person says so.
+ */
 async function enter(client: Client, texts: readonly string[], how: Input): Promise<void> {
+  const { target } = client;
   let mode: "say" | "run" | "no" = how === "text" ? "say" : "run";
-  if (how === "pasted") mode = await askAboutPaste(client, texts);
+  if (how === "pasted") mode = await askAboutPaste(client, texts, target);
   for (const text of mode === "no" ? [] : texts) {
     const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
     const isLiteral = mode === "say" || (how === "pasted" && !isCommand(text));
-    if (slash === undefined || isLiteral) client.say("", text);
-    else if (slash) client.say("", text.slice(1));
+    const to = mode === "say" ? target : client.target; // a command before it may have changed that
+    if (slash === undefined || isLiteral) client.say(to, text);
+    else if (slash) client.say(to, text.slice(1));
     else await runCommand(client, name.toLowerCase(), rest.trim());
   }
 }
 
 function runCommand(client: Client, name: string, rest: string): void | Promise<void> {
-  const found = rowOf(SLASH, name);
+  const found = findCommand(name);
+  if (name === "nick") return client.note("your nick is your account: leave, and join with another one");
   if (!found) {
-    return client.note(`there is no /${name}; did you mean /${nearest(name, Object.keys(SLASH))}? /help lists all`);
+    return client.mistake(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
   }
-  if (/^[^[]/.test(found.usage) && !rest) return client.note(`/${name} ${found.usage}: ${found.about}`);
+  if (/^[^[]/.test(found.usage) && !rest) return client.mistake(`/${name} ${found.usage}: ${found.about}`);
   return found.run(client, rest);
 }
 
 /** Whether a text would be run if it was typed. */
-const isCommand = (text: string) => rowOf(SLASH, /^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
+const isCommand = (text: string) => findCommand(/^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
-async function changePassword(client: Client): Promise<void> {
+async function askNewPassword(client: Client): Promise<void> {
   if (!client.link) return client.note("not connected");
   const password = await client.ui.ask(clean("New password: "), true);
-  const again = password && await client.ui.ask(clean("The same again: "), true);
+  const again = password && await client.ui.ask(clean("Repeat it: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
   if (password !== again) {
-    client.note("these were two different passwords");
-    return changePassword(client);
+    client.note("the passwords do not match");
+    return askNewPassword(client);
   }
   client.newKeys = await deriveKeys(password);
   client.request("PASS", formatVerifier(verifierOf(client.newKeys)));
@@ -4754,7 +5229,11 @@ function completionsOf(before: string, { room, conversations: { rooms } }: Clien
 }
 
 /** Asks whether to say the lines of a paste, or to run the commands among them, if there is a doubt. */
-async function askAboutPaste(client: Client, texts: readonly string[]): Promise<"say" | "run" | "no"> {
+async function askAboutPaste(
+  client: Client,
+  texts: readonly string[],
+  target: string,
+): Promise<"say" | "run" | "no"> {
   const { waiting } = client;
   if (texts.length + waiting > LIMITS.outbox) {
     const many = plural(texts.length, "line is", "lines are");
@@ -4766,14 +5245,17 @@ async function askAboutPaste(client: Client, texts: readonly string[]): Promise<
   if (command !== undefined) {
     const others = more.length ? ` and ${plural(more.length, "more command", "more commands")}` : "";
     const all = texts.length > 1 ? `all ${texts.length} pasted lines` : "it";
-    question = `Run the pasted "${cut(command, 60)}"${others}, or say ${all} in ${client.defaultTarget}? (run/say/no) `;
-  } else if (texts.length > 5) question = `Send these ${texts.length} lines? (yes/no) `;
+    question = `Run the pasted "${cut(command, 60)}"${others}, or say ${all} to ${target}? (run/say/no) `;
+  } else if (texts.length > 5) question = `Send these ${texts.length} lines to ${target}? (yes/no) `;
   if (!question) return "say";
-  const answer = (await client.ui.ask(clean(question)))?.trim().toLowerCase() ?? "no";
-  if (command !== undefined && (answer === "run" || answer === "say")) return answer;
-  if (command === undefined && /^y(es)?$/.test(answer)) return "say";
-  client.note("nothing is sent");
-  return "no";
+  for (;;) {
+    const answer = (await client.ui.ask(clean(question)))?.trim().toLowerCase() ?? "no";
+    if (command !== undefined && (answer === "run" || answer === "say")) return answer;
+    if (command === undefined && /^y(es)?$/.test(answer)) return "say";
+    if (!/^no?$/.test(answer)) continue;
+    client.note("nothing is sent");
+    return "no";
+  }
 }
 
 /**
@@ -4786,17 +5268,29 @@ export async function join(options: JoinOptions): Promise<number> {
   const leave = () => client.connection.leave();
   options.signal?.addEventListener("abort", leave);
   options.ui.listen({
-    onLines: (lines, how) => void enter(client, lines.filter((line) => how === "text" ? line : line.trim()), how),
+    onLines: (lines, how) => {
+      const isPasted = how === "pasted"; // pasted code keeps its empty lines
+      const texts = isPasted ? lines.map((line) => line || " ") : lines.filter((line) => line.trim());
+      void enter(client, texts, how);
+    },
     onEnd: () => client.inputEnded(),
-    onLeave: leave,
+    onLeave: (key) => client.askToLeave(key),
+    onSwitch: (number) => {
+      const place = client.conversations.places[number - 1];
+      if (place) client.talkTo(place);
+    },
     onGone: leave,
     onTab: (before) => completionsOf(before, client),
+    onTyped: (line) =>
+      line === "/r " && client.transcript.correspondent
+        ? `/msg ${client.transcript.correspondent} ` // whoever writes meanwhile
+        : undefined,
   });
   return await client.run();
 }
 
 /* =====================================================================================================================
- * Command line
+ * Options
  * What the program takes is a table, and help is made from it. Secrets are passed in environment variables, never as
  * arguments.
  * ================================================================================================================== */
@@ -4822,6 +5316,8 @@ const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
     "history": option("N", "messages kept in a room (1000)", least(0)),
     "max-clients": option("N", "connections at once (1000)", least(1)),
     "per-address": option("N", "connections from one address (100)", least(1)),
+    "accounts": option("", "keep the accounts in a file, as shown below"),
+    "lock": option("", "nobody can register, until /unlock"),
     "rate": option("N", "lines a second from one member (10), 0 for any number", least(0)),
     "explain": EXPLAIN,
     "keylog": KEYLOG,
@@ -4830,7 +5326,9 @@ const OPTIONS: Readonly<Record<"serve" | "join", Table<Read>>> = {
     "nick": option("NAME", "who you are", words),
     "room": option("#NAME", "the room to talk in", roomName),
     "timeout": option("SECONDS", "for piped input after its end, if the server takes nothing (30)", least(1)),
-    "plain": option("", "for screen readers: no colour, nothing drawn twice"),
+    "commands": option("", "piped input: a line that begins with a slash is a command"),
+    "listen": option("", "piped input: stay after its end"),
+    "plain": option("", "for screen readers: no colour, the cursor only goes forward"),
     "explain": EXPLAIN,
     "keylog": KEYLOG,
   },
@@ -4840,11 +5338,16 @@ const USAGE = `chat: an encrypted group chat
 
   chat serve [HOST][:PORT]               open a room; 127.0.0.1:8080 by default
   chat join  [NICK@]HOST[:PORT][/PIN]    enter it; port 8080 by default
+  chat verifier NICK                     print a line for --accounts
   chat help  [serve|join]                tell all options
   chat version`;
 
 const SECRETS = {
-  serve: `Environment:
+  serve: `To keep the accounts over a restart:
+  umask 077; chat serve --accounts <accounts.txt >>accounts.txt
+  An empty line ends them; what follows are commands with a slash.
+
+Environment:
   CHAT_SECRET          24 random characters or more: the server's key is made of
                        them, and survives a restart. Whoever guesses them has
                        the key. To make one:
@@ -4863,11 +5366,14 @@ function help(command = ""): string {
 
 /** The options given, by name, of the types that the readers in OPTIONS return. An option without a value is true. */
 interface Options extends Omit<ServerOptions, "explain"> {
+  accounts?: true;
   explain?: true;
   keylog?: true;
   nick?: string;
   timeout?: number;
   plain?: true;
+  commands?: true;
+  listen?: true;
 }
 
 const wrong = (message: string, hint: string) => new Fault(message, hint, 2);
@@ -4886,7 +5392,8 @@ function readArguments(command: "serve" | "join", args: readonly string[]): { ad
     }
     const found = rowOf(known, name);
     if (!found) {
-      throw wrong(`chat ${command} has no option --${name}`, `did you mean --${nearest(name, Object.keys(known))}?`);
+      const near = suggestion("--", name, Object.keys(known)).slice(2);
+      throw wrong(`chat ${command} has no option --${name}`, near || `${CHAT} help ${command}`);
     }
     const { usage, about, run } = found;
     const text = attached ?? (run && left.shift()) ?? "";
@@ -4899,55 +5406,179 @@ function readArguments(command: "serve" | "join", args: readonly string[]): { ad
   return { address: addresses[0] ?? "", options };
 }
 
-/** Reads `HOST`, `HOST:PORT`, `:PORT` or `[IPv6]:PORT`. */
+/** Reads `HOST`, `HOST:PORT`, `PORT`, `:PORT` or `[IPv6]:PORT`. */
 function readAddress(text: string): { host: string; port: number } {
-  const [, ipv6, host, port = "8080"] = /^(?:\[([^\]]+)\]|([^:[\]/]*))(?::(\d{1,5}))?$/.exec(text) ?? [];
+  const [, ipv6, host, port = "8080"] = /^(?:\[([^\]]+)\]|([^:[\]/]*))(?::(\d{1,5}))?$/
+    .exec(text.replace(/^\d+$/, ":$&")) ?? [];
   if ((ipv6 ?? host) === undefined || Number(port) > 65535) {
     throw wrong(`${text} is not an address`, "HOST:PORT, or [IPV6]:PORT");
   }
   return { host: ipv6 ?? (host || "127.0.0.1"), port: Number(port) };
 }
 
+/* =====================================================================================================================
+ * Operator
+ * The server as it is run from a shell: what it prints, where its accounts come from and go, and who gives it commands.
+ * ================================================================================================================== */
+
 async function mainServe(args: readonly string[]): Promise<number> {
-  const { address, options: { explain, keylog, ...options } } = readArguments("serve", args);
+  const { address, options: { explain, keylog, accounts, ...options } } = readArguments("serve", args);
   const { host, port } = readAddress(address);
   const [secret, key, cert] = ["CHAT_SECRET", "CHAT_KEY", "CHAT_CERT"].map(environment);
   const identity = makeIdentity({ ...secret && { secret }, ...key && { key }, ...cert && { cert } });
-  let ui: Ui | undefined; // the operator's, once the server listens
-  const print = (line: string) => ui ? ui.note(clean(line)) : writeLine(process.stderr, clean(`chat: ${line}`));
-  const log = (line: string) => print(`${new Date().toTimeString().slice(0, 8)} ${line}`);
   const names = namesOf(host); // before a socket opens: afterwards the report would resolve its addresses by DNS
+  const log = new OperatorLog();
+  const kept = accounts && await readAccounts(log);
   const serving = await serve({
     ...options,
-    ...{ host, port, identity, log },
+    ...{ host, port, identity, log: (line: string) => log.timed(line) },
+    ...kept && { records: kept.records, journal: kept.journal },
     ...keylog && { keylog: (line: Buffer) => write(process.stderr, line.toString()) },
-    ...explain && { explain: print },
+    ...explain && { explain: (line: string) => log.print(line) },
   });
-  const pin = isPinnable(identity.publicKey) ? `/${identity.pin}` : ""; // else the chain has to vouch for the key
-  const invitations = names.map((name) => `${CHAT} join ${name}:${serving.port}${pin}`);
-  if (keylog) print("warning: the TLS keys go to standard error; whoever has them can read along");
-  print(`serving ${serving.server.lobby.name} on ${bracketed(host)}:${serving.port}`);
-  for (const invitation of invitations) print(`to join:      ${invitation}`);
-  if (names[0] === UNKNOWN) print(`${UNKNOWN} stands for an address of this machine: put it there`);
-  print(`IRC clients:  ${names[0]}:${serving.port} with TLS; your password as server password`);
-  print("nothing is written to disk: accounts and history end with this process");
-  if (isLoopback(host)) {
-    print(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${serving.port}`);
-  }
-  const tellCode = (code: string) => {
-    invitations.push(`check code:   ${code}, which join asks for where the pin was left out`);
-    print(invitations.at(-1) ?? "");
-  };
-  const failed = ({ message }: Error) => print(`no check code: ${message}`);
-  if (pin) checkCodeOf(identity.publicKey).then(tellCode, failed); // it takes a moment, and must not delay the rest
+  const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
+  if (keylog) log.print("warning: the TLS keys go to standard error; whoever has them can read along");
   await new Promise<void>((stop) => {
     onSignal(stop);
-    if (process.stdin.isTTY && process.stdout.isTTY) ui = openConsole(serving.server, invitations, print, stop);
+    const obey = operator(serving.server, invitations, (line) => log.print(line), stop);
+    if (log.hasConsole) log.ui = openConsole(obey);
+    else if (kept) kept.onCommand((line) => obey.run(line));
+    else log.print("no commands here: standard input and output are no terminal");
   });
-  log("stopping");
+  log.timed("stopping");
   await serving.stop("The server is stopping");
-  ui?.close();
+  log.ui?.close();
   return 0;
+}
+
+/** Where the operator reads what happens: on the console, if there is one, and on standard error. */
+class OperatorLog {
+  readonly hasConsole = process.stdin.isTTY && process.stdout.isTTY;
+  ui: Ui | undefined; // the console, once the server listens
+  readonly #streams = this.hasConsole && !process.stderr.isTTY ? [process.stderr, process.stdout] : [process.stderr];
+  print(line: string): void {
+    this.ui?.note(clean(line));
+    for (const stream of this.#streams) if (!this.ui || !stream.isTTY) writeLine(stream, clean(`chat: ${line}`));
+  }
+  timed(line: string): void {
+    this.print(`${new Date().toTimeString().slice(0, 8)} ${line}`);
+  }
+  /** Prints a command that is to be copied: it is not broken into rows. */
+  printWhole(line: string): void {
+    for (const stream of this.#streams) write(stream, `chat: ${line}\n`);
+  }
+}
+
+/** Says where the server is and how to join it. @returns the lines of /invite */
+function announceServer(
+  { server, port }: Serving,
+  { publicKey, pin }: Identity,
+  { host, names, log, isKept }: { host: string; names: readonly string[]; log: OperatorLog; isKept: boolean },
+): readonly string[] {
+  const suffix = isPinnable(publicKey) ? `/${pin}` : ""; // else the chain has to vouch for the key
+  const invitations = names.map((name) => `${CHAT} join ${name}:${port}${suffix}`);
+  log.print(`serving ${server.lobby.name} on ${bracketed(host)}:${port}`);
+  for (const invitation of invitations) log.printWhole(`to join: ${invitation}`);
+  if (!isLoopback(host)) log.print("others need a copy of this program on their machine, and one of these lines");
+  if (names[0] === UNKNOWN) log.print(`${UNKNOWN} stands for an address of this machine: put it there`);
+  log.print(`IRC clients: ${names[0]}:${port} with TLS; your password as server password`);
+  if (isKept) {
+    log.print(`${plural(server.accounts.byNick.size, "account", "accounts")} read; new ones go to standard output`);
+  } else log.print("nothing is written to disk: accounts and history end with this process");
+  if (isLoopback(host)) {
+    log.print(`only this machine can join: to let others in, stop this and run ${CHAT} serve 0.0.0.0:${port}`);
+  }
+  const tellCode = (code: string) => {
+    invitations.push(`check code: ${code}, which join asks for where the pin was left out`);
+    log.print(invitations.at(-1) ?? "");
+  };
+  const failed = ({ message }: Error) => log.print(`no check code: ${message}`);
+  if (suffix) checkCodeOf(publicKey).then(tellCode, failed); // it takes a moment, and must not delay the rest
+  return invitations;
+}
+
+/** The journal of accounts on the standard streams. */
+interface KeptAccounts {
+  readonly records: readonly string[];
+  readonly journal: Journal;
+  onCommand(run: (line: string) => void): void; // what comes on standard input later
+}
+
+/**
+ * Reads the journal of accounts from standard input: up to an empty line, or its end. It is continued on standard
+ * output.
+ * @throws {Fault} if either is a terminal
+ */
+async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
+  if (process.stdin.isTTY || process.stdout.isTTY) {
+    throw wrong("--accounts reads and writes files", `${CHAT} serve --accounts <accounts.txt >>accounts.txt`);
+  }
+  const [records, early]: [string[], string[]] = [[], []]; // early: commands that came before the server listens
+  let take = (_line: string) => {};
+  const isCut = await new Promise<boolean>((done) => {
+    take = (line) => {
+      if (line.trim()) return void records.push(line);
+      take = (command) => early.push(command);
+      done(false);
+    };
+    readInput((line) => take(line), (rest) => {
+      if (rest) log.print("the last line of the accounts was cut off, and is lost");
+      done(rest !== "");
+    });
+  });
+  const onCommand = (run: (line: string) => void) => {
+    take = (line) =>
+      /^\s*$/.test(line) || (line.startsWith("/") ? run(line) : log.print("commands begin with a slash"));
+    early.forEach(take);
+  };
+  return { records, journal: continueJournal(isCut || !/^#|=$|ed$/.test(records.at(-1) ?? "#"), log), onCommand };
+}
+
+/** Reads lines from standard input. @param onEnd takes what follows the last line break */
+function readInput(onLine: (line: string) => void, onEnd: (rest: string) => void): void {
+  let rest = "";
+  process.stdin.setEncoding("utf8");
+  process.stdin.on("data", (chunk: string) => {
+    const lines = (rest + chunk).split("\n");
+    rest = lines.pop() ?? "";
+    lines.forEach(onLine);
+  });
+  process.stdin.on("end", () => onEnd(rest));
+}
+
+/**
+ * Continues a journal on standard output, one record after the other. A record counts when its line break has been
+ * written: a disk that is full takes a part of a record without an error.
+ * @param isCut whether the journal ends within a line
+ */
+function continueJournal(isCut: boolean, log: OperatorLog): Journal {
+  let isBroken = isCut; // the last line may not have ended: a comment ends it
+  let last: Promise<unknown> = Promise.resolve();
+  const append = (record: string) =>
+    new Promise<boolean>((resolve) => {
+      const failed = ({ message }: Error) => {
+        log.print(`the accounts cannot be written: ${message}`);
+        resolve(false);
+      };
+      const written = (error?: Error | null) => error && failed(error);
+      try {
+        process.stdout.write((isBroken ? "#\n" : "") + record, written);
+        isBroken = true;
+        process.stdout.write("\n", (error) => {
+          if (error) return failed(error);
+          isBroken = false;
+          resolve(true);
+        });
+      } catch (error) { // Deno throws, and writes nothing more
+        failed(error as Error);
+      }
+    });
+  prepare(process.stdout);
+  return async (record) => {
+    const result = last.then(() => append(record));
+    last = result;
+    return await result;
+  };
 }
 
 /** Calls `stop` when the program is to end. Without a terminal a hang-up means nothing: it is what nohup is for. */
@@ -4957,19 +5588,28 @@ function onSignal(stop: () => void): void {
   process.on("SIGHUP", () => hasTerminal && stop());
 }
 
-/** Opens the operator's console. Stopping a room that is not empty has to be confirmed. */
-function openConsole(
+/** What the operator can do: run commands, and stop the server. Stopping a room that is not empty is confirmed. */
+interface Operator {
+  run(line: string): void;
+  askToStop(): void;
+  stop(): void;
+}
+
+function operator(
   server: Server,
   invitations: readonly string[],
   print: (line: string) => void,
   stop: () => void,
-): Ui {
+): Operator {
   let askedAt = -Infinity;
   const askToStop = (): readonly string[] => {
     const here = server.presentMembers.length;
     const isConfirmed = performance.now() - askedAt < LIMITS.againMs;
     askedAt = performance.now();
-    if (here && !isConfirmed) return [`${plural(here, "person is", "people are")} here; again to stop`];
+    const seconds = LIMITS.againMs / 1000;
+    if (here && !isConfirmed) {
+      return [`${plural(here, "person is", "people are")} here; again within ${seconds} s to stop`];
+    }
     stop();
     return [];
   };
@@ -4978,13 +5618,27 @@ function openConsole(
     invite: { usage: "", about: "print how to join", run: () => invitations },
     stop: { usage: "", about: "stop the server", run: askToStop },
   };
+  return {
+    run: (line) => {
+      if (!line.startsWith("/stop")) askedAt = -Infinity; // something else was meant
+      runConsoleLine(server, table, line).forEach(print);
+    },
+    askToStop: () => askToStop().forEach(print),
+    stop,
+  };
+}
+
+/** Opens the operator's console. */
+function openConsole({ run, askToStop, stop }: Operator): Ui {
   const ui = openUi();
   ui.listen({
-    onLines: (lines) => lines.forEach((line) => runConsoleLine(server, table, line).forEach(print)),
-    onLeave: () => askToStop().forEach(print),
+    onLines: (lines) => lines.forEach(run),
+    onLeave: askToStop,
     onEnd: stop,
     onGone: stop,
+    onSwitch: () => {},
     onTab: () => [],
+    onTyped: () => undefined,
   });
   ui.acceptLines();
   ui.setPrompt(clean("> "));
@@ -5016,6 +5670,38 @@ function namesOf(host: string): readonly string[] {
   return reachable.length ? [...new Set(reachable)].map(bracketed) : [UNKNOWN];
 }
 
+/* =====================================================================================================================
+ * Command line
+ * The commands of the program.
+ * ================================================================================================================== */
+
+/** Prints an account line for `serve --accounts`. */
+async function mainVerifier([nick = "", ...more]: readonly string[]): Promise<number> {
+  if (!isNick(nick) || more.length) {
+    throw wrong(`"${nick}" is not a nick`, `${CHAT} verifier NICK; ${REFUSALS["bad nick"]}`);
+  }
+  const password = environment("CHAT_PASSWORD") ?? await askHidden(`Password of ${nick}: `);
+  if (!password) throw new Fault("no password was given", "CHAT_PASSWORD sets it");
+  const verifier = verifierOf(await deriveKeys(password));
+  write(process.stdout, `${recordOf(nick, formatVerifier(verifier), Date.now())}\n`);
+  return 0;
+}
+
+/** Asks on standard error: standard output is for the line. @returns undefined if nobody answers */
+async function askHidden(question: string): Promise<string | undefined> {
+  if (!process.stdin.isTTY) return undefined;
+  write(process.stderr, question);
+  const editor = openEditor(() => {});
+  const answer = await new Promise<string | undefined>((resolve) => {
+    editor.on("line", resolve);
+    editor.on("close", () => resolve(undefined));
+    editor.on("SIGINT", () => resolve(undefined));
+  });
+  editor.close();
+  write(process.stderr, "\n");
+  return answer;
+}
+
 async function mainJoin(args: readonly string[]): Promise<number> {
   const { address, options } = readArguments("join", args);
   const [, who, target = "", written] = /^(?:([^@]*)@)?([^/]*)(?:\/(.*))?$/s.exec(address) ?? [];
@@ -5024,18 +5710,19 @@ async function mainJoin(args: readonly string[]): Promise<number> {
   if (written !== undefined && !pin) {
     throw wrong(`${written} is not a pin`, "a pin is six groups of four, of a-z and 2-7");
   }
-  const { nick = who, room, timeout, plain = false, explain = false, keylog = false } = options;
+  const { nick = who, room, timeout, plain = false, commands = false, listen: listens = false } = options;
+  const { explain = false, keylog = false } = options;
   if (nick !== undefined && !isNick(nick)) throw wrong(`${nick} is not a valid nick`, REFUSALS["bad nick"]);
   const [password, ca] = ["CHAT_PASSWORD", "CHAT_CA"].map(environment);
   if (ca && !readPem("CHAT_CA", ca, "certificate", (text) => new crypto.X509Certificate(text)).ca) {
     throw new Fault("the certificate in CHAT_CA is not that of an authority", "it is the issuer's that belongs there");
   }
-  const ui = openUi(plain);
+  const ui = openUi({ plain, commands });
   const leave = new AbortController();
   onSignal(() => leave.abort());
   try {
     const timeoutMs = timeout && 1000 * timeout;
-    const settings = { pin, nick, room, password, ca, explain, keylog, timeoutMs, ui, signal: leave.signal };
+    const settings = { pin, nick, room, password, ca, explain, keylog, timeoutMs, listens, ui, signal: leave.signal };
     return await join({ ...readAddress(target), ...settings });
   } finally {
     ui.close();
@@ -5045,14 +5732,14 @@ async function mainJoin(args: readonly string[]): Promise<number> {
 /** Runs a command line. @returns the exit status */
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
   try {
-    const run = rowOf({ serve: mainServe, join: mainJoin }, command);
+    const run = rowOf({ serve: mainServe, join: mainJoin, verifier: mainVerifier }, command);
     if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
     else if (!command) throw wrong("serve or join?", `${CHAT} help`);
     else {
-      const known = nearest(command, ["serve", "join", "help", "version"]);
-      throw wrong(`there is no chat ${command}`, `did you mean ${CHAT} ${known}?`);
+      const near = suggestion(`${CHAT} `, command, ["serve", "join", "verifier", "help", "version"]).slice(2);
+      throw wrong(`there is no chat ${command}`, near || `${CHAT} help`);
     }
     return 0;
   } catch (error) {

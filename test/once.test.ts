@@ -124,7 +124,8 @@ test("through a hundred cuts every line reaches the room and every reader exactl
   t.diagnostic(`${cuts} cuts`);
   assert.ok(cuts >= 100, `only ${cuts} cuts`);
   for (const nick of ["ana", "bo"]) assert.deepEqual(said(events, nick, "#chat"), LINES);
-  const heard = (client: Running) => [...client.out.all.matchAll(/^\S+\t\S+\t(line .*)$/gm)].map(([, text]) => text);
+  const heard = (client: Running) =>
+    [...client.out.all.matchAll(/^\S+\t\S+\t\S+\t(line .*)$/gm)].map(([, text]) => text);
   for (const client of [ana, bo]) assert.deepEqual(heard(client), LINES);
   await witness.sync();
   for (const nick of ["ana", "bo"]) {
@@ -176,6 +177,7 @@ class Person implements Ui {
   note = (text: string) => this.#called(`note ${text}`);
   welcome = (room: string) => this.#called(`welcome ${room}`);
   aside = (text: string) => this.#called(`aside ${text}`);
+  rule = (title: string) => this.#called(`rule ${title}`);
   bell = () => this.#called("bell");
   ask(question: string): Promise<string> {
     this.#called(`ask ${question}`);
@@ -199,7 +201,7 @@ class Person implements Ui {
     this.events?.onLines([line], "typed");
   }
   leave(): void {
-    this.events?.onLeave();
+    this.events?.onLeave("Ctrl-D");
   }
 }
 

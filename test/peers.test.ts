@@ -51,14 +51,14 @@ async function converse(
   { server, ana, bo }: Awaited<ReturnType<typeof room>>,
 ): Promise<void> {
   await bo.wait(new RegExp(`:${nick}!${nick}@chat JOIN #chat\r\n`));
-  await ana.wait(new RegExp(`-- ${nick} joined`));
+  await ana.wait(new RegExp(`-- \\d\\d:\\d\\d #chat: ${nick} joined`));
   client.enter("hello from outside");
   await bo.wait(new RegExp(`:${nick}!${nick}@chat PRIVMSG #chat :hello from outside\r\n`));
   await ana.wait(new RegExp(`${nick} +hello from outside`));
   ana.enter("hello from inside");
   await client.wait(/ana.*hello from inside/);
   client.enter("/msg ana psst");
-  await ana.wait(new RegExp(`${nick} > ana psst`));
+  await ana.wait(new RegExp(`${nick}>ana +psst`));
   ana.enter("/r what is it");
   client.enter("/topic we have a visitor");
   await ana.wait(new RegExp(`-- ${nick} set the topic of #chat: we have a visitor`));
@@ -78,7 +78,7 @@ async function converse(
   await bo.wait(new RegExp(`:${nick}!${nick}@chat PART #lab`));
   client.enter("/quit that was it");
   await bo.wait(new RegExp(`:${nick}!${nick}@chat QUIT :Quit: that was it\r\n`));
-  await ana.wait(new RegExp(`-- ${nick} left`));
+  await ana.wait(new RegExp(`-- \\d\\d:\\d\\d #chat: ${nick} left`));
   assert.doesNotMatch(server.err.all, /error/);
 }
 

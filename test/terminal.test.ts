@@ -2,7 +2,7 @@
 // The client and the operator's console as a person sees them: the built executable in tmux.
 import assert from "node:assert/strict";
 import { test, type TestContext } from "node:test";
-import { cells, type Server } from "../chat.ts";
+import { cells, CONSOLE, type Server } from "../chat.ts";
 import {
   BINARY,
   enter,
@@ -18,6 +18,10 @@ import {
 
 const TMUX = wants("tmux");
 
+/** Runs a command of the operator's console. */
+const chatConsole = (name: string, server: Server, nick: string, rest: string) =>
+  CONSOLE[name]?.run(server, nick, rest);
+
 /** A terminal in which ana has joined, and a connection of bo, another member of the room. */
 async function joined(
   t: TestContext,
@@ -28,7 +32,7 @@ async function joined(
   const command = [...RUNTIMES[runtime](), "join", `ana@127.0.0.1:${port}`, ...args];
   const ana = new Terminal(t, command, { columns, rows, env: { CHAT_PASSWORD: "secret", ...env } });
   await bo.wait(/:ana!ana@chat JOIN #chat/);
-  await ana.wait(/^#chat> *$|^Welcome to/m);
+  await ana.wait(/^Welcome to/m);
   return { ana, bo, port, server };
 }
 
@@ -54,21 +58,21 @@ for (const runtime of Object.keys(RUNTIMES) as Runtime[]) {
       ana.enter("ana");
       await ana.wait(/Password:$/);
       ana.enter("secret");
-      await ana.wait(/No account ana here yet\. The same password again registers it:$/);
+      await ana.wait(/ana is free\. Repeat the password to register:$/);
       ana.enter("secrte");
-      await ana.wait(/-- these were two different passwords/);
+      await ana.wait(/-- the passwords do not match/);
       await ana.wait(/Password:$/);
       ana.enter("secret");
-      await ana.wait(/registers it:$/);
+      await ana.wait(/to register:$/);
       ana.enter("secret");
-      await ana.wait(/\d\d:\d\d bo    said before\nWelcome to #chat, ana\. Here: bo\. \/help lists/);
+      await ana.wait(/\d\d:\d\d bo +said before\nWelcome to #chat, ana\. Here: bo\. \/help lists/);
       bo.send("PRIVMSG #chat :morning");
-      await ana.wait(/^\d\d:\d\d bo    morning\n#chat>$/m);
+      await ana.wait(/^\d\d:\d\d bo +morning\n#chat>$/m);
       ana.enter("hello");
       await bo.wait(/:ana!ana@chat PRIVMSG #chat :hello\r\n/);
-      await ana.wait(/^\d\d:\d\d bo    morning\n\d\d:\d\d ana   hello\n#chat>$/m);
+      await ana.wait(/^\d\d:\d\d bo +morning\n\d\d:\d\d ana +hello\n#chat>$/m);
       bo.send("QUIT");
-      await ana.wait(/^-- bo left$/m);
+      await ana.wait(/^-- \d\d:\d\d #chat: bo left$/m);
       assert.doesNotMatch(ana.screen({ history: true }), /secr/);
       ana.enter("/exit");
       await ana.wait(/^\[exit 0\]$/m);
@@ -85,7 +89,7 @@ test("a password is never shown on the screen, and the arrow keys do not recall 
     assert.doesNotMatch(ana.screen(), /h|2$/i.test(char) ? /Password:.*\S/ : /hunter/);
   }
   ana.keys("Left", "Up", "Tab", "C-a", "C-e", "Enter");
-  await ana.wait(/registers it:$/);
+  await ana.wait(/to register:$/);
   ana.enter("hunter2");
   await ana.wait(/Welcome/);
   ana.keys("Up", "Up");
@@ -115,7 +119,7 @@ test(
     await enter(t, port, "ana", "", "right");
     const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`]);
     for (let tries = 1; tries <= 3; tries++) {
-      await ana.wait(new RegExp(`(Password:\\n-- ana is registered here.*\\n){${tries - 1}}Password:$`));
+      await ana.wait(new RegExp(`(Password:\\n-- wrong password for ana.*\\n){${tries - 1}}Password:$`));
       ana.enter("wrong");
     }
     await ana.wait(/chat: too many wrong passwords\nchat: hint: .*\n\[exit 1\]/);
@@ -238,7 +242,7 @@ test("messages cannot change the terminal's state, whatever bytes and characters
     bo.send(`${command}x\x1b[2J\u202ey\x07`);
   }
   bo.send("PRIVMSG #chat :the end");
-  await ana.wait(/the end\n#chat>$/);
+  await ana.wait(/the end\n#chat( \[.*\])?>$/);
   assert.equal(stateOf(ana), before);
   const seen = ana.screen({ history: true });
   assert.match(seen, /a�\]0;owned�b/);
@@ -252,7 +256,7 @@ test("messages cannot change the terminal's state, whatever bytes and characters
 /** Texts that fill a row of 80 columns in one way or another, and go on with what looks like a line of the program. */
 const FORGERIES: readonly string[] = [
   `see://x${"\u00a0".repeat(61)}-- the server asks: /msg eve your password`,
-  `${"\u1100".repeat(34)}21:55 cy    I am cy and I agree`,
+  `${"\u1100".repeat(34)}21:55 cy +I am cy and I agree`,
   `${"\u{17000}".repeat(34)}-- cy joined (not)`,
   `${"\u{1b002}".repeat(34)}-- cy joined (not)`,
   `${"ক্ষ".repeat(20)} ${"நி".repeat(20)} -- cy joined (not)`,
@@ -270,7 +274,7 @@ for (const [mode, args, mark] of [["full", [], /^ +│/], ["plain", ["--plain"],
       for (const columns of [80, 40]) {
         const { ana, bo } = await joined(t, { columns, rows: 50, args });
         bo.send(...FORGERIES.map((text) => `PRIVMSG #chat :${text}`), "PRIVMSG #chat :the end");
-        await ana.wait(/\d bo    the end$/m);
+        await ana.wait(/\d bo +the end$/m);
         const rows = ana.screen({ history: true }).split("\n");
         const first = rows.findIndex((row) => /^\d\d:\d\d bo\b/.test(row));
         const shown = rows.slice(first, rows.findIndex((row) => row.includes("the end")));
@@ -326,7 +330,10 @@ test(
     process.kill(tmux, "SIGSTOP");
     try {
       const [ana, bo] = [await enter(t, Number(port), "ana"), await enter(t, Number(port), "bo")];
-      for (let at = 0; at < 3_000; at++) await ana.sync(); // which makes two rows
+      for (let at = 0; at < 3_000; at++) { // lines of changing lengths, which are not folded into one row
+        ana.send(`PING ${"x".repeat(at % 250)}${at}`);
+        await ana.wait(new RegExp(`PONG chat.server x*${at}\r\n`));
+      }
       ana.send("PRIVMSG #chat :still here");
       await bo.wait(/PRIVMSG #chat :still here/);
     } finally {
@@ -351,14 +358,14 @@ test("no parameter of any line from a server reaches the terminal uncleaned", TM
     session.reply(`:${evil}!x@chat ${command} ${words.join(" ")} :${evil} ${command}`);
   }
   session.reply(`:bo!bo@chat PRIVMSG #chat :the end`);
-  await ana.wait(/the end\n\S+> *$/);
+  await ana.wait(/the end\n\S+( \[.*\])?> *$/);
   assert.equal(stateOf(ana), before);
   ana.enter("/who");
   ana.enter("/topic");
   ana.enter("/help");
   await ana.wait(/-- \/\/TEXT/);
   assert.equal(stateOf(ana), before);
-  assert.match(ana.screen({ history: true }), /-- �\]0;owned�.*: �\]0;owned\S* in it; �/);
+  assert.match(ana.screen({ history: true }), /-- �\]0;owned\S*: NaN people; �/);
 });
 
 for (const runtime of ["binary", "deno"] as const) {
@@ -381,7 +388,7 @@ for (const runtime of ["binary", "deno"] as const) {
   test(`a pasted command is run or said only after the person has chosen (${runtime})`, TMUX, async (t) => {
     const { ana, bo } = await joined(t, { runtime, columns: 120 });
     ana.paste("/msg bo secret\n");
-    await ana.wait(/^Run the pasted "\/msg bo secret", or say it in #chat\? \(run\/say\/no\)$/m);
+    await ana.wait(/^Run the pasted "\/msg bo secret", or say it to #chat\? \(run\/say\/no\)$/m);
     ana.enter("no");
     await ana.wait(/-- nothing is sent\n#chat>$/);
     ana.paste("/msg bo secret\n");
@@ -389,13 +396,13 @@ for (const runtime of ["binary", "deno"] as const) {
     ana.enter("run");
     await bo.wait(/PRIVMSG bo :secret\r\n/);
     ana.paste("one\n/me waves\n/etc/hosts\n/exit\nrest");
-    await ana.wait(/Run the pasted "\/me waves" and 1 more command, or say all 4 pasted lines in #chat\?/);
+    await ana.wait(/Run the pasted "\/me waves" and 1 more command, or say all 4 pasted lines to #chat\?/);
     ana.enter("say");
     await bo.wait(/ :one\r\n.* :\/me waves\r\n.* :\/etc\/hosts\r\n.* :\/exit\r\n/);
     await ana.wait(/^#chat> rest$/m); // the unfinished last line was put aside, and did not answer the question
     ana.keys("C-u");
     ana.paste("one\n/me waves\n/etc/hosts\n");
-    await ana.wait(/or say all 3 pasted lines in #chat\? \(run\/say\/no\)$/);
+    await ana.wait(/or say all 3 pasted lines to #chat\? \(run\/say\/no\)$/);
     ana.enter("run");
     await bo.wait(/ :one\r\n.* :\x01ACTION waves\x01\r\n.* :\/etc\/hosts\r\n/);
     assert.doesNotMatch(bo.all, /#chat :.*secret/);
@@ -412,7 +419,7 @@ test("pasted lines are sent in order, and more than five of them only after a co
   await bo.wait(/PRIVMSG #chat :if x:\r\n:ana!ana@chat PRIVMSG #chat :\treturn\r\n/);
   const many = Array.from({ length: 300 }, (_, at) => `line ${at} ${"x".repeat(40)}`);
   ana.paste(`${many.join("\n")}\n`);
-  await ana.wait(/Send these 300 lines\? \(yes\/no\)$/);
+  await ana.wait(/Send these 300 lines to #chat\? \(yes\/no\)$/);
   ana.enter("no");
   await ana.wait(/^#chat>$/m);
   ana.paste(many.join("\n"));
@@ -441,7 +448,7 @@ test("a paste is inserted at the cursor, and becomes a single line in a command 
   ana.keys("Enter");
   await bo.wait(/PRIVMSG bo :my number is 12345\r\n/);
   ana.enter("/password");
-  for (const question of [/New password:$/, /The same again:$/]) {
+  for (const question of [/New password:$/, /Repeat it:$/]) {
     await ana.wait(question);
     ana.paste("correct horse\n");
     ana.keys("Enter");
@@ -453,7 +460,7 @@ test("a paste is inserted at the cursor, and becomes a single line in a command 
 
 for (const runtime of ["binary", "deno"] as const) {
   test(
-    `Ctrl-C cancels a question or clears the line, and leaves where there is neither (${runtime})`,
+    `Ctrl-C cancels a question or clears the line, and leaves at the second time where there is neither (${runtime})`,
     TMUX,
     async (t) => {
       const { ana, bo } = await joined(t, { runtime });
@@ -469,11 +476,13 @@ for (const runtime of ["binary", "deno"] as const) {
       ana.enter("/password");
       await ana.wait(/New password:$/);
       ana.enter("whole");
-      await ana.wait(/The same again:$/);
+      await ana.wait(/Repeat it:$/);
       ana.keys("C-d");
-      await ana.wait(/The same again:\n-- nothing is changed\n#chat>$/);
+      await ana.wait(/Repeat it:\n-- nothing is changed\n#chat>$/);
       ana.enter("still here");
       await bo.wait(/PRIVMSG #chat :still here\r\n/);
+      ana.keys("C-c");
+      await ana.wait(/-- Ctrl-C again leaves\n#chat>$/);
       ana.keys("C-c");
       await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
       await ana.wait(/\[exit 0\]/);
@@ -599,13 +608,114 @@ test("/msg sends a private message, and /r replies to the last one received", TM
   await ana.wait(/-- nobody has written to you yet/);
   ana.enter("/msg cy psst");
   await cy.wait(/:ana!ana@chat PRIVMSG cy :psst\r\n/);
-  await ana.wait(/^\d\d:\d\d ana > cy psst$/m);
+  await ana.wait(/^\d\d:\d\d ana>cy   psst$/m);
   cy.send("PRIVMSG ana :yes?");
-  await ana.wait(/^\d\d:\d\d cy > ana yes\?$/m);
+  await ana.wait(/^\d\d:\d\d cy>ana   yes\?$/m);
   ana.enter("/r nothing");
   await cy.wait(/PRIVMSG cy :nothing\r\n/);
   await bo.sync();
   assert.doesNotMatch(bo.all, /early|psst|nothing/);
+});
+
+test("what is typed right after /join goes to the new room, and what it refuses is shown again", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
+  bo.send("JOIN #lab");
+  await bo.wait(/ 366 bo #lab /);
+  ana.type("/join lab\rfor the lab\r/join #chat\rfor the chat\r");
+  await bo.wait(/PRIVMSG #lab :for the lab\r\n/);
+  await bo.wait(/PRIVMSG #chat :for the chat\r\n/);
+  ana.enter("/msg nobody a secret");
+  await ana.wait(/-- not sent: \/msg nobody a secret\n-- nobody: no such nick\/channel/);
+  await bo.sync();
+  assert.doesNotMatch(bo.all, /secret/);
+});
+
+test(
+  "/query turns to a person, Alt-1 back to the room, and the prompt shows where something is unread",
+  TMUX,
+  async (t) => {
+    const { ana, bo } = await joined(t);
+    bo.send("PRIVMSG ana :psst", "PRIVMSG ana :hey");
+    await ana.wait(/bo>ana   hey\n#chat \[bo 2\]>$/);
+    ana.enter("/query bo");
+    await ana.wait(/── bo ──\nbo>$/);
+    ana.enter("what is it?");
+    await bo.wait(/:ana!ana@chat PRIVMSG bo :what is it\?\r\n/);
+    bo.send("PRIVMSG #chat :in public");
+    await ana.wait(/bo#chat  in public\nbo \[#chat 1\]>$/);
+    ana.keys("M-1");
+    await ana.wait(/── #chat ──\n#chat>$/);
+    ana.enter("all of you");
+    await bo.wait(/PRIVMSG #chat :all of you\r\n/);
+  },
+);
+
+test("/r stands for the person who wrote last when it is typed, not when it is entered", TMUX, async (t) => {
+  const { ana, bo, port } = await joined(t);
+  const cy = await enter(t, port, "cy");
+  bo.send("PRIVMSG ana :from bo");
+  await ana.wait(/bo>ana   from bo/);
+  ana.type("/r ");
+  await ana.wait(/> \/msg bo$/);
+  cy.send("PRIVMSG ana :from cy");
+  await ana.wait(/cy>ana   from cy/);
+  ana.enter("for bo");
+  await bo.wait(/PRIVMSG bo :for bo\r\n/);
+});
+
+test("/history shows earlier pages between rules, with their dates, until the beginning", TMUX, async (t) => {
+  const { port } = await serveHere(t);
+  const bo = await enter(t, port, "bo");
+  bo.send(...Array.from({ length: 60 }, (_, at) => `PRIVMSG #chat :old ${at + 1}.`));
+  await bo.sync();
+  const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${port}`], { rows: 100, env: { CHAT_PASSWORD: "x" } });
+  await ana.wait(/-- \w{3} \w{3} \d\d \d{4}\n\d\d:\d\d bo +old 11\.\n/);
+  await ana.wait(/Welcome/);
+  ana.enter("/history 6");
+  await ana.wait(/── history of #chat ──\n-- .*\n.*old 5\.\n[^]*old 10\.\n── \/history shows what was before ──/);
+  ana.enter("/history 6");
+  await ana.wait(/── history of #chat ──\n-- .*\n.*old 1\.\n[^]*old 4\.\n── its beginning is above ──/);
+});
+
+test("a kicked client says why, ends with status 1, and the others are told", TMUX, async (t) => {
+  const { ana, bo, server } = await joined(t);
+  chatConsole("kick", server, "bo", "too loud");
+  await bo.closed;
+  await ana.wait(/-- bo was kicked: too loud\n#chat>$/);
+  chatConsole("kick", server, "ana", "you too");
+  await ana.wait(/chat: you were kicked: you too\nchat: hint: .*\n\[exit 1\]/);
+});
+
+test("pasted code keeps its empty lines and its tabs", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
+  ana.paste("if (x) {\n\n\ty();\n}\n");
+  await bo.wait(/ :if \(x\) \{\r\n.* : \r\n.* :\ty\(\);\r\n.* :\}\r\n/);
+});
+
+test("the arrow keys take an emoji with a skin tone as one character", TMUX, async (t) => {
+  const { ana, bo } = await joined(t);
+  ana.type("a👍🏽b");
+  await ana.wait(/> a👍🏽b$/);
+  ana.keys("Left", "Left");
+  ana.type("x");
+  ana.keys("Right");
+  ana.enter("y");
+  await bo.wait(/PRIVMSG #chat :ax👍🏽yb\r\n/);
+});
+
+test("the nicks of a small group have different colours, and one's own is bold", TMUX, async (t) => {
+  const { ana, bo, port } = await joined(t);
+  const others = await Promise.all(["wendy", "cy", "dan"].map((nick) => enter(t, port, nick)));
+  for (const one of [bo, ...others]) one.send("PRIVMSG #chat :hi");
+  ana.enter("hello");
+  await ana.wait(/ana.*hello/);
+  await ana.wait(/(hi[^]*){4}/);
+  const screen = ana.screen({ escapes: true });
+  const colours = ["bo", "wendy", "cy", "dan"].map((nick) =>
+    new RegExp(`(\\x1b\\[38;5;\\d+m)${nick}`).exec(screen)?.[1]
+  );
+  assert.equal(new Set(colours).size, 4, JSON.stringify(colours));
+  assert.match(screen, /\x1b\[1mana/);
 });
 
 test("/me sends an action, and /topic sets or shows the topic of the room", TMUX, async (t) => {
@@ -628,23 +738,23 @@ test(
   async (t) => {
     const { ana, bo, port } = await joined(t, { rows: 40 });
     await enter(t, port, "cy");
-    await ana.wait(/-- cy joined/);
+    await ana.wait(/-- \d\d:\d\d #chat: cy joined/);
     ana.enter("/who");
     await ana.wait(/-- 3 people in #chat: /);
     ana.enter("/join lab");
-    await ana.wait(/-- in #lab as ana; here: nobody else\n#lab>$/);
+    await ana.wait(/── #lab ──\n-- in #lab as ana; here: nobody else\n#lab>$/);
     ana.enter("in the lab");
-    await ana.wait(/^\d\d:\d\d ana   in the lab$/m);
+    await ana.wait(/^\d\d:\d\d ana +in the lab$/m);
     bo.send("PRIVMSG #chat :over here");
-    await ana.wait(/^\d\d:\d\d #chat bo    over here$/m);
+    await ana.wait(/^\d\d:\d\d bo#chat +over here$/m);
     ana.enter("/rooms");
-    await ana.wait(/-- #chat: 3 in it\n-- #lab: 1 in it/);
+    await ana.wait(/-- #chat: 3 people, 1 unread, Alt-1\n-- #lab: 1 person, Alt-2\n#lab \[#chat 1\]>$/);
     ana.enter("/join #chat");
     await ana.wait(/\n#chat>$/);
     ana.enter("/join #lab");
     await ana.wait(/\n#lab>$/);
     ana.enter("/part");
-    await ana.wait(/-- you left #lab\n#chat>$/);
+    await ana.wait(/-- you left #lab\n── #chat ──\n#chat>$/);
     await bo.sync();
     assert.doesNotMatch(bo.all, /in the lab/);
   },
@@ -661,20 +771,20 @@ test(
     bo.send("PRIVMSG #chat :unheard");
     await cy.wait(/unheard/);
     cy.send("PRIVMSG #chat :heard");
-    await ana.wait(/cy    heard/);
+    await ana.wait(/cy +heard/);
     assert.doesNotMatch(ana.screen(), /unheard/);
     ana.enter("/ignore bo");
     await ana.wait(/-- bo is no longer ignored/);
     ana.enter("/history 2");
-    await ana.wait(/bo    unheard\n\d\d:\d\d cy    heard\n#chat>$/);
+    await ana.wait(/bo +unheard\n\d\d:\d\d cy +heard\n── .* ──\n#chat>$/);
   },
 );
 
 test("/tls describes the connection, and /clear empties the screen", TMUX, async (t) => {
   const { ana } = await joined(t);
   ana.enter("/tls");
-  await ana.wait(/-- TLSv1\.3, TLS_/);
-  await ana.wait(/-- trusted, because it is on this machine/);
+  await ana.wait(/-- protocol      TLSv1\.3\n-- cipher        TLS_/);
+  await ana.wait(/-- trusted       because it is on this machine/);
   ana.enter("/clear");
   await ana.wait(/^#chat>$/);
 });
@@ -688,10 +798,10 @@ test(
     for (const repetition of ["newsceret", "newsecret"]) {
       await ana.wait(/New password:$/);
       ana.enter("newsecret");
-      await ana.wait(/The same again:$/);
+      await ana.wait(/Repeat it:$/);
       ana.enter(repetition);
     }
-    await ana.wait(/-- these were two different passwords/);
+    await ana.wait(/-- the passwords do not match/);
     await ana.wait(/-- your password is changed/);
     await enter(t, port, "ana", "", "newsecret");
     await bo.sync();
@@ -761,12 +871,14 @@ test("the last fifty messages are shown dimmed on joining, before the welcome", 
 });
 
 test(
-  "Ctrl-C and Ctrl-D on an empty line send QUIT, end with status 0, and restore the terminal's mode",
+  "Ctrl-D and a second Ctrl-C on an empty line send QUIT, end with status 0, and restore the terminal's mode",
   TMUX,
   async (t) => {
     for (const key of ["C-c", "C-d"]) {
       const { ana, bo } = await joined(t);
       ana.keys(key);
+      if (key === "C-c") await ana.wait(/-- Ctrl-C again leaves\n#chat>$/);
+      if (key === "C-c") ana.keys(key);
       await bo.wait(/:ana!ana@chat QUIT :Quit\r\n/);
       await ana.wait(/\[exit 0\]/);
       ana.enter("echoed");
@@ -821,7 +933,7 @@ test(
     const second = await serveProcess(t, [], { env: secret, address: `127.0.0.1:${first.port}` });
     ana.enter("/reconnect");
     await ana.wait(/-- the server has forgotten the account ana; registered it again\n/);
-    await ana.wait(/^\d\d:\d\d ana   half a line\n#chat>$/m);
+    await ana.wait(/^\d\d:\d\d ana +half a line\n#chat>$/m);
     second.child.kill("SIGKILL");
     await second.ended;
     await serveProcess(t, [], { address: `127.0.0.1:${first.port}` });
@@ -842,11 +954,11 @@ test(
     ana.paste("line\n".repeat(501));
     await ana.wait(/-- 501 lines are too many, with 0 waiting to be sent; nothing of it is sent\n\[offline\] #chat>$/);
     ana.paste("line\n".repeat(500));
-    await ana.wait(/Send these 500 lines\? \(yes\/no\)$/);
+    await ana.wait(/Send these 500 lines to #chat\? \(yes\/no\)$/);
     ana.enter("yes");
     await ana.wait(/\n\[offline, 500 waiting\] #chat>$/);
     ana.enter("one more");
-    await ana.wait(/-- too much waits; dropped\n\[offline, 500 waiting\] #chat>$/);
+    await ana.wait(/-- not sent, as too much waits: one more\n\[offline, 500 waiting\] #chat>$/);
   },
 );
 
@@ -879,7 +991,7 @@ test("the operator's console shows the log and runs commands", TMUX, async (t) =
 test("in plain mode, too, a pasted command is run only when the person has answered", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { args: ["--plain"], columns: 120 });
   ana.paste("one\n/msg bo secret\n");
-  await ana.wait(/Run the pasted "\/msg bo secret", or say all 2 pasted lines in #chat\? \(run\/say\/no\)/);
+  await ana.wait(/Run the pasted "\/msg bo secret", or say all 2 pasted lines to #chat\? \(run\/say\/no\)/);
   ana.enter("no");
   await ana.wait(/-- nothing is sent/);
   ana.paste("two\nthree\n");
@@ -909,13 +1021,13 @@ test("plain mode writes each line once, without colour, and hides the password",
     const ana = new Terminal(t, [...dumb, BINARY, "join", `ana@127.0.0.1:${port}`, ...args]);
     await ana.wait(/Password:$/);
     ana.enter("secret");
-    await ana.wait(/registers it:$/);
+    await ana.wait(/to register:$/);
     ana.enter("secret");
     await ana.wait(/Welcome to #chat, ana/);
     bo.send("PRIVMSG #chat :hi");
-    await ana.wait(/^\d\d:\d\d bo    hi$/m);
+    await ana.wait(/^\d\d:\d\d bo +hi$/m);
     ana.enter("hello");
-    await ana.wait(/^hello\n\d\d:\d\d ana   hello$/m);
+    await ana.wait(/^hello\n\d\d:\d\d ana +hello$/m);
     assert.doesNotMatch(ana.screen({ history: true }), /secret|>/);
     assert.doesNotMatch(ana.screen({ escapes: true }), /\x1b/);
     ana.enter("/exit");
