@@ -506,7 +506,7 @@ for (const runtime of ["binary", "deno"] as const) {
         await server.wait(/\n>$/);
         const again = () => stop.startsWith("/") ? server.enter(stop) : server.keys(stop);
         again();
-        await server.wait(/-- 1 person is here; again to stop\n>$/);
+        await server.wait(/-- 1 person is here; again within 10 s to stop\n>$/);
         await bo.sync();
         again();
         await bo.wait(/ERROR :The server is stopping\r\n/);
@@ -674,7 +674,7 @@ test("/history shows earlier pages between rules, with their dates, until the be
   ana.enter("/history 6");
   await ana.wait(/── history of #chat ──\n-- .*\n.*old 5\.\n[^]*old 10\.\n── \/history shows what was before ──/);
   ana.enter("/history 6");
-  await ana.wait(/── history of #chat ──\n-- .*\n.*old 1\.\n[^]*old 4\.\n── its beginning is above ──/);
+  await ana.wait(/── history of #chat ──\n-- .*\n.*old 1\.\n[^]*old 4\.\n── that was the beginning ──/);
 });
 
 test("a kicked client says why, ends with status 1, and the others are told", TMUX, async (t) => {
