@@ -5436,8 +5436,8 @@ async function mainServe(args: readonly string[]): Promise<number> {
     ...keylog && { keylog: (line: Buffer) => write(process.stderr, line.toString()) },
     ...explain && { explain: (line: string) => log.print(line) },
   });
-  const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
   if (keylog) log.print("warning: the TLS keys go to standard error; whoever has them can read along");
+  const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
   await new Promise<void>((stop) => {
     onSignal(stop);
     const obey = operator(serving.server, invitations, (line) => log.print(line), stop);
