@@ -299,7 +299,7 @@ export function networkOf(address: string, prefix = 64): string {
   return `${[...left, ...zeros, ...right].slice(0, prefix / 16).join(":")}::/${prefix}`;
 }
 
-/** What one subscriber is given at most: an IPv4 address, or an IPv6 /48. */
+/** The most that one subscriber usually has: an IPv4 address, or an IPv6 /48. */
 const siteOf = (address: string) => networkOf(address, 48);
 
 export const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
@@ -1019,11 +1019,14 @@ export class Accounts<A extends Account> {
       account.verifier = verifier;
       this.byNick.set(key, account);
       this.barred.delete(key);
+      this.#admitted.delete(key); // which was for once
     } else if (what === "forgotten") {
       this.byNick.delete(key);
       this.barred.set(key, what);
-    } else if (what === "barred") this.barred.set(key, what);
-    else if (what === "unbarred") this.barred.delete(key);
+    } else if (what === "barred") {
+      this.barred.set(key, what);
+      this.#admitted.delete(key);
+    } else if (what === "unbarred") this.barred.delete(key);
     else if (what === "admitted") this.#admitted.set(key, this.#clock.now() + LIMITS.admitMs - ageMs);
     else return false;
     return true;
@@ -5283,7 +5286,7 @@ export async function join(options: JoinOptions): Promise<number> {
     onTab: (before) => completionsOf(before, client),
     onTyped: (line) =>
       line === "/r " && client.transcript.correspondent
-        ? `/msg ${client.transcript.correspondent} ` // whoever writes meanwhile
+        ? `/msg ${client.transcript.correspondent} ` // also if somebody else writes before Enter is pressed
         : undefined,
   });
   return await client.run();
@@ -5475,7 +5478,7 @@ function announceServer(
   { publicKey, pin }: Identity,
   { host, names, log, isKept }: { host: string; names: readonly string[]; log: OperatorLog; isKept: boolean },
 ): readonly string[] {
-  const suffix = isPinnable(publicKey) ? `/${pin}` : ""; // else the chain has to vouch for the key
+  const suffix = isPinnable(publicKey) ? `/${pin}` : ""; // else only the chain verifies it
   const invitations = names.map((name) => `${CHAT} join ${name}:${port}${suffix}`);
   log.print(`serving ${server.lobby.name} on ${bracketed(host)}:${port}`);
   for (const invitation of invitations) log.printWhole(`to join: ${invitation}`);

@@ -13,6 +13,7 @@ import {
   FakeClock,
   logIn,
   quickScrypt,
+  random,
   register,
   Running,
   serveHere,
@@ -68,16 +69,6 @@ class Wire implements chat.Peer {
     this.send("PING sync");
     await this.wait(/ PONG chat\.server sync\r\n/);
   }
-}
-
-/** A seeded generator of random numbers (mulberry32). */
-function random(seed: number): (below: number) => number {
-  return (below) => {
-    seed = seed + 0x6d2b79f5 | 0;
-    let mixed = Math.imul(seed ^ seed >>> 15, 1 | seed);
-    mixed = mixed + Math.imul(mixed ^ mixed >>> 7, 61 | mixed) ^ mixed;
-    return ((mixed ^ mixed >>> 14) >>> 0) % below;
-  };
 }
 
 const WORDS = [

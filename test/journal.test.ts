@@ -245,6 +245,8 @@ test("10,000 accounts are read, and an admission is over when its hour is", asyn
   const verifier = formatVerifier(verifierOf(await deriveKeys("secret")));
   for (let at = 0; at < LIMITS.accounts; at++) assert.ok(accounts.apply(`u${at} 2026-11-25T20:31:00Z ${verifier}`));
   assert.equal(accounts.byNick.size, LIMITS.accounts);
+  accounts.apply(`dan ${new Date(clock.wall()).toISOString()} admitted`);
+  accounts.apply(`dan ${new Date(clock.wall()).toISOString()} ${verifier}`); // it was admitted once, and has registered
   accounts.apply(`cy ${new Date(clock.wall() - LIMITS.admitMs + 60_000).toISOString()} admitted`);
   assert.deepEqual(accounts.admitted, ["cy"]);
   clock.tick(60_000);
