@@ -58,6 +58,7 @@ export const LIMITS = Object.freeze({
   silentBurst: 24_576, // of them at once: the beginning of a large record is among them
   silentStart: 2_048, // of them at once before login, while the server is busy
   silentMs: 10, // between two checks of them
+  lateMs: 2, // by which a check is late when the server is busy
   // Memory
   inputBytes: 256 * 1024, // received on a connection and not yet executed
   pauseBytes: 256 * 1024, // in a connection's outgoing queue, before its own lines have to wait
@@ -2927,7 +2928,7 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
     timer = setTimeout(run, ms);
   };
   const run = () => {
-    const isBusy = performance.now() - dueAt > LIMITS.silentMs; // the turn of the event loop took so long
+    const isBusy = performance.now() - dueAt > LIMITS.lateMs;
     for (const check of sockets.values()) check(isBusy);
     wait(server.unauthenticated ? LIMITS.silentMs : 10 * LIMITS.silentMs);
   };
@@ -2935,7 +2936,10 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
     isOver = true;
     clearTimeout(timer);
   };
-  return { hurry: () => wait(LIMITS.silentMs), stop };
+  const hurry = () => { // but never later than it is due
+    if (!timer || dueAt - performance.now() > LIMITS.silentMs) wait(LIMITS.silentMs);
+  };
+  return { hurry, stop };
 }
 
 /** A TCP connection. */
