@@ -5697,8 +5697,8 @@ async function mainVerifier([nick = "", ...more]: readonly string[]): Promise<nu
 /** Asks on standard error: standard output is for the line. @returns undefined if nobody answers */
 async function askHidden(question: string): Promise<string | undefined> {
   if (!process.stdin.isTTY) return undefined;
+  const editor = openEditor(() => {}); // before the question, or the terminal echoes an answer that comes at once
   write(process.stderr, question);
-  const editor = openEditor(() => {});
   const answer = await new Promise<string | undefined>((resolve) => {
     editor.on("line", resolve);
     editor.on("close", () => resolve(undefined));

@@ -113,7 +113,7 @@ export interface Scope {
   after(close: () => unknown): void;
 }
 
-/** A child process, its output as it comes, and its end. */
+/** A child process, its output as it comes, and its end. One that is `detached` ends with all that it has started. */
 export class Running {
   readonly out = new Text();
   readonly err = new Text();
@@ -121,15 +121,24 @@ export class Running {
   /** The exit status; a signal is told by its name. */
   readonly ended: Promise<number | string>;
 
-  constructor(test: Scope, command: readonly string[], env: Readonly<Record<string, string>> = {}) {
+  constructor(
+    test: Scope,
+    command: readonly string[],
+    env: Readonly<Record<string, string>> = {},
+    options: { readonly cwd?: string; readonly detached?: boolean } = {},
+  ) {
     const [file = "", ...args] = command;
-    this.child = spawn(file, args, { env: environment(env), stdio: ["pipe", "pipe", "pipe"] });
+    this.child = spawn(file, args, { env: environment(env), stdio: ["pipe", "pipe", "pipe"], ...options });
     this.child.stdout?.setEncoding("utf8").on("data", (text: string) => this.out.add(text));
     this.child.stderr?.setEncoding("utf8").on("data", (text: string) => this.err.add(text));
     this.child.stdin?.on("error", () => {}); // the child may be gone
     this.ended = new Promise((resolve) => this.child.on("close", (code, signal) => resolve(code ?? signal ?? "?")));
     test.after(async () => {
-      this.child.kill("SIGKILL");
+      try {
+        process.kill((options.detached ? -1 : 1) * (this.child.pid ?? NaN), "SIGKILL");
+      } catch {
+        // it has ended
+      }
       await this.ended;
     });
   }
