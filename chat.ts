@@ -37,7 +37,7 @@ export const LIMITS = Object.freeze({
   text: 200, // bytes of a real name, an away message or a reason
   password: 300, // characters of a password
   // Connections
-  handshakeMs: 10_000, // for the TLS handshake, and for a whole login by `join`
+  handshakeMs: 60_000, // for the TLS handshake: a person may be reading the certificate
   silenceMs: 60_000, // without a byte before login
   loginMs: 300_000, // from connecting to being logged in
   unauthenticated: 500, // connections before login, or half of --max-clients if that is more
@@ -90,6 +90,7 @@ export const LIMITS = Object.freeze({
   // The operator
   againMs: 10_000, // within which stopping a room that is not empty is confirmed
   // The client
+  joinMs: 10_000, // for a login
   outbox: 500, // lines typed that wait for the connection
   window: 50, // lines sent and not yet acknowledged
   held: 2_000, // messages of rooms whose history is being loaded
@@ -450,8 +451,11 @@ const EMPTY: Buffer = Buffer.alloc(0);
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const [LF, CR, AT, SPACE] = [10, 13, 64, 32];
 
-/** What a LineSplitter found: a line's text, or why it is not one. */
-export type Split = { readonly text: string } | { readonly fault: "too long" | "not UTF-8" | "NUL" };
+/** What a LineSplitter found: a line, or why it is none, and then its text as far as it can be read. */
+export interface Split {
+  readonly text: string;
+  readonly fault?: "too long" | "not UTF-8" | "NUL";
+}
 
 /** Splits a stream of bytes into lines that end with CR, LF or both. An endless line is reported once and skipped. */
 export class LineSplitter {
@@ -476,7 +480,7 @@ export class LineSplitter {
     const end = this.#endOfLine(this.#isSkipping ? Infinity : most + 1);
     if (end < 0 && !this.#isSkipping && this.#bytes.length > most) {
       this.#isSkipping = true;
-      return { fault: "too long" };
+      return this.#tooLong(this.#bytes);
     }
     if (end < 0) { // a copy does not keep the large chunk alive that it was a part of
       this.#bytes = this.#isSkipping ? EMPTY : Buffer.from(this.#bytes);
@@ -504,13 +508,18 @@ export class LineSplitter {
   }
   #decode(line: Buffer): Split {
     const tags = line[0] === AT ? line.indexOf(SPACE) + 1 || line.length : 0;
-    if (tags > this.#tagBytes || line.length - tags > LIMITS.bodyBytes - 2) return { fault: "too long" };
-    if (line.includes(0)) return { fault: "NUL" };
+    if (tags > this.#tagBytes || line.length - tags > LIMITS.bodyBytes - 2) return this.#tooLong(line);
+    if (line.includes(0)) return { fault: "NUL", text: "" };
     try {
       return { text: UTF8.decode(line) };
     } catch {
-      return { fault: "not UTF-8" };
+      return { fault: "not UTF-8", text: line.toString() };
     }
+  }
+  /** Of a line that is too long the tags are kept, if they are not. */
+  #tooLong(line: Buffer): Split {
+    const end = line[0] === AT ? line.indexOf(SPACE) + 1 : 0;
+    return { fault: "too long", text: line.toString("utf8", 0, end <= this.#tagBytes ? end : 0) };
   }
 }
 
@@ -1341,6 +1350,7 @@ const CAPS = [
   ...["message-tags", "server-time", "account-tag", "extended-join"] as const, // the form of an event depends on these
   ...["echo-message", "batch", "labeled-response", "away-notify", "standard-replies", "cap-notify", "sasl"] as const,
   ...["draft/chathistory", REGISTRATION] as const,
+  ...["account-notify", "multi-prefix"] as const, // of these there is nothing to tell: an account is its nick
 ];
 type Cap = typeof CAPS[number];
 const CAP = Object.fromEntries(CAPS.map((name, at) => [name, 1 << at])) as Record<Cap, number>; // their bits
@@ -1719,10 +1729,10 @@ export class Session implements Reader, Visitor {
 
   /** Executes a line. An error in doing so ends this session, and nothing else. */
   run(split: Split): void | Promise<void> {
-    const line = parse("text" in split ? split.text : "");
+    const line = parse(split.text);
     const reply = this.#reply = new Reply(this, line.tags);
     try {
-      if ("fault" in split) return this.#refuse(split.fault, reply);
+      if (split.fault) return this.#refuse(split.fault, line, reply);
       if (line.command !== "PING" && line.command !== "PONG") this.active = this.#host.clock.now();
       const running = this.#host.execute(this, line, reply);
       if (running) return running.then(() => reply.end()).catch((error: unknown) => this.#failed(error));
@@ -1731,10 +1741,10 @@ export class Session implements Reader, Visitor {
       this.#failed(error);
     }
   }
-  #refuse(fault: "too long" | "not UTF-8" | "NUL", reply: Reply): void {
+  #refuse(fault: Split["fault"], { command }: Line, reply: Reply): void {
     if (fault === "NUL") return this.close("That is not text");
     if (fault === "too long") reply.numeric("417", "Input line was too long");
-    else reply.server("FAIL", "*", "INVALID_UTF8", "Only UTF-8 is accepted; the line was dropped");
+    else reply.server("FAIL", /^[A-Z]+$/.test(command) ? command : "*", "INVALID_UTF8", "Only UTF-8 is accepted here");
     reply.end();
   }
   #failed(error: unknown): void {
@@ -1870,6 +1880,7 @@ export class Server implements Host {
   readonly #longReplies = new Semaphore(1);
   #sweptAt: number;
   unauthenticated = 0; // sessions that have not been welcomed
+  mostPresent = 0; // members at any one time
   constructor(options: ServerOptions = {}) {
     this.options = { ...DEFAULTS, ...options };
     const { clock, rate, perAddress, maxClients, history, room, topic } = this.options;
@@ -2005,11 +2016,12 @@ export class Server implements Host {
   arrive(session: Session, member: Member, realName: string): boolean {
     const isFirst = !member.present;
     member.sessions.add(session);
-    member.realName = realName || member.realName || member.nick;
+    member.realName = realName;
     member.present = true;
     session.registration = undefined;
     this.unauthenticated--;
     this.occupancy.settle(session);
+    this.mostPresent = Math.max(this.mostPresent, this.presentMembers.length);
     return isFirst;
   }
   /** Private messages that a member may not have received: those since it last sent a line. */
@@ -2036,8 +2048,11 @@ export class Server implements Host {
   audienceOf(member: Member): Set<Member> {
     return new Set([member, ...[...member.rooms].flatMap((room) => [...room.members])]);
   }
-  announceAway({ nick, away }: Member, members: Iterable<Member>): void {
-    announce(format("AWAY", away ? [away] : [], sourceOf(nick)), members, "away-notify");
+  /** Tells the others of these members that one of them is away, or back. */
+  announceAway(member: Member, members: Iterable<Member>): void {
+    const { nick, away } = member;
+    const others = [...members].filter((one) => one !== member);
+    announce(format("AWAY", away ? [away] : [], sourceOf(nick)), others, "away-notify");
   }
   #leave(member: Member, reason: string): void {
     const audience = this.audienceOf(member);
@@ -2161,7 +2176,7 @@ async function loginByPass(context: Context, registration: Registration): Promis
   const { nick, password } = registration;
   registration.password = "";
   let result = await server.accounts.login(nick, password, session);
-  const isNew = result === "unknown" && !session.mechanism; // after a failed SASL it may be a mistyped nick
+  const isNew = result === "unknown";
   if (isNew) result = await server.accounts.register(nick, password, session);
   if (session.closed) return;
   if (typeof result === "string") {
@@ -2219,11 +2234,14 @@ function greet(server: Server, session: Session, reply: Reply): void {
 }
 
 function replyWithCounts(server: Server, reply: Reply): void {
-  const present = server.presentMembers.length;
+  const [present, most] = [server.presentMembers.length, server.mostPresent];
   reply.numeric("251", `There are ${present} users and 0 invisible on 1 servers`);
+  reply.numeric("252", "0", "operator(s) online");
   reply.numeric("253", String(server.unauthenticated), "unknown connection(s)");
   reply.numeric("254", String(server.rooms.size), "channels formed");
   reply.numeric("255", `I have ${present} clients and 0 servers`);
+  reply.numeric("265", String(present), String(most), `Current local users ${present}, max ${most}`);
+  reply.numeric("266", String(present), String(most), `Current global users ${present}, max ${most}`);
 }
 
 function replyWithMotd({ options }: Server, reply: Reply): void {
@@ -2387,16 +2405,20 @@ function handleNick(context: Context): void | Promise<void> {
     return completeRegistration(context);
   }
   if (!member || wish === member.nick) return;
-  if (fold(wish) !== fold(member.nick)) return reply.numeric("484", "Your nick is your account and stays");
+  if (fold(wish) !== fold(member.nick)) {
+    if (server.accounts.find(wish)) return reply.numeric("433", wish, "That nick is another account");
+    return reply.numeric("484", "Your nick is your account and stays");
+  }
   const body = format("NICK", [wish], sourceOf(member.nick));
   member.nick = wish;
   announce(body, server.audienceOf(member));
 }
 
 function handleUser(context: Context): void | Promise<void> {
-  const { session, reply, params } = context;
+  const { session, reply, params: [, , , realName = ""] } = context;
   if (!session.registration) return reply.numeric("462", "You may not reregister");
-  session.registration.realName = cut(params[3] ?? "", LIMITS.text);
+  if (!realName.trim()) return reply.numeric("461", "USER", "Not enough parameters: the real name is empty");
+  session.registration.realName = cut(realName, LIMITS.text);
   return completeRegistration(context);
 }
 
@@ -2455,7 +2477,11 @@ function sendPrivately({ server, member, reply }: MemberContext, other: Member, 
   const log = message.kind === "TAGMSG" ? undefined : member.talkWith(other);
   const event = server.history.record(log, message);
   deliver(event, new Set([member, other]), reply);
-  if (other === member) reply.event(event); // besides the echo, if there is one: it is also the recipient
+  if (other === member) { // it is also the recipient: this copy is not the reply, and has no label
+    const received = new Reply(reply.connection);
+    received.event(event);
+    received.end();
+  }
   if (message.kind !== "PRIVMSG") return;
   if (!other.sessions.size) reply.numeric("301", other.nick, "Is not here, and reads it on return");
   else if (other.away) reply.numeric("301", other.nick, other.away);
@@ -2559,7 +2585,12 @@ function handleTopic(context: MemberContext): void {
   });
 }
 
-function handleNames({ server, params: [names = "*"], reply }: MemberContext): void {
+/** NAMES: who is in the named rooms, or in all that the member is in. */
+function handleNames({ server, member, params: [names], reply }: MemberContext): void {
+  if (names === undefined) {
+    for (const room of member.rooms) replyWithNames(reply, room);
+    return reply.numeric("366", "*", "End of /NAMES list");
+  }
   for (const name of namesIn(names)) {
     const room = server.findRoom(name);
     if (room) replyWithNames(reply, room);
@@ -2580,14 +2611,27 @@ function handleList({ server, params: [names], reply }: MemberContext): void {
 const idleSeconds = ({ clock }: Server, { sessions }: Member) =>
   sessions.size ? Math.floor((clock.now() - Math.max(...[...sessions].map(({ active }) => active))) / 1000) : 0;
 
-/** WHO for a room, a nick or everybody. */
+/** Whether a name matches a mask, in which `*` stands for any text and `?` for any character. */
+function matches(mask: string, name: string): boolean {
+  let [at, from] = [0, 0];
+  let star: { readonly at: number; from: number } | undefined; // the last one, and where the text after it was tried
+  while (from < name.length) {
+    if (mask[at] === "*") star = { at: ++at, from };
+    else if (mask[at] === "?" || mask[at] === name[from]) [at, from] = [at + 1, from + 1];
+    else if (star) [at, from] = [star.at, ++star.from];
+    else return false;
+  }
+  return /^\**$/.test(mask.slice(at));
+}
+
+/** WHO for a room, or for those whose nick, user@host or nick!user@host matches a mask. */
 function handleWho({ server, params: [mask = "*"], reply }: MemberContext): void {
-  const [room, one] = [server.findRoom(mask), server.accounts.find(mask)];
-  const everybody = /^[*0]$/.test(mask) ? server.presentMembers : [];
-  const found = room?.members ?? (one?.present ? [one] : everybody);
-  for (const { nick, realName, away, sessions, rooms: [anyRoom] } of found) {
+  const room = server.findRoom(mask);
+  const key = mask === "0" ? "*" : fold(mask);
+  const isMeant = ({ nick }: Member) => [nick, `${nick}@chat`, sourceOf(nick)].some((name) => matches(key, fold(name)));
+  for (const { nick, realName, away, sessions } of room?.members ?? server.presentMembers.filter(isMeant)) {
     const flags = away || !sessions.size ? "G" : "H";
-    reply.numeric("352", (room ?? anyRoom)?.name ?? "*", nick, "chat", SERVER, nick, flags, `0 ${realName}`);
+    reply.numeric("352", room?.name ?? "*", nick, "chat", SERVER, nick, flags, `0 ${realName}`);
   }
   reply.numeric("315", mask, "End of /WHO list");
 }
@@ -2608,6 +2652,19 @@ function handleWhois({ server, params, reply }: MemberContext): void {
     reply.numeric("671", nick, "is using a secure connection");
   }
   reply.numeric("318", name, "End of /WHOIS list");
+}
+
+/** WHOWAS: the latest visit of a member who has left, as far as the server lives. */
+function handleWhowas({ server, params: [nick = ""], reply }: MemberContext): void {
+  const { clock, accounts } = server;
+  const member = accounts.find(nick);
+  if (!member?.realName || member.present) reply.numeric("406", nick, "There was no such nickname");
+  else {
+    const left = new Date(clock.wall() - (clock.now() - member.lostAt));
+    reply.numeric("314", member.nick, member.nick, "chat", "*", member.realName);
+    reply.numeric("312", member.nick, SERVER, `left ${left.toUTCString()}`);
+  }
+  reply.numeric("369", nick, "End of WHOWAS");
 }
 
 function handleUserhost({ server, params, reply }: MemberContext): void {
@@ -2669,6 +2726,7 @@ Object.assign(
     CHATHISTORY: { least: 3, about: "read what was said", long: true, run: handleChathistory },
     WHO: { least: 0, about: "list members", long: true, run: handleWho },
     WHOIS: { least: 1, about: "describe a member", run: handleWhois },
+    WHOWAS: { least: 1, about: "describe a member who has left", run: handleWhowas },
     USERHOST: { least: 1, about: "say whether members are away", run: handleUserhost },
     ISON: { least: 1, about: "say which members are here", run: handleIson },
     AWAY: { least: 0, about: "say that you are away, or are back", run: handleAway },
@@ -3839,7 +3897,7 @@ class Link {
       this.heardAt = clock.now();
       this.isPinged = false;
       splitter.push(chunk);
-      for (let split; (split = splitter.next());) if ("text" in split) this.#take(split.text);
+      for (let split; (split = splitter.next());) if (!split.fault) this.#take(split.text);
     });
     socket.on("error", (error) => this.end(error.message));
     socket.on("close", () => this.end("the server closed the connection"));
@@ -3948,7 +4006,7 @@ function connect({ host, port, ca, keylog, clock }: Settings): Promise<Link> {
       socket.destroy();
       reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
     };
-    const cancelTimeout = clock.after(LIMITS.handshakeMs, () => fail("timed out"));
+    const cancelTimeout = clock.after(LIMITS.joinMs, () => fail("timed out"));
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
     socket.on("close", () => fail("closed"));
     if (keylog) socket.on("keylog", (line) => write(process.stderr, line.toString()));
@@ -4013,7 +4071,7 @@ class Login {
   /** The server has to bring the login to its end in time, whatever it sends. */
   #startDeadline(link: Link): void {
     this.#cancelDeadline();
-    this.#cancelDeadline = this.#options.clock.after(LIMITS.handshakeMs, () => {
+    this.#cancelDeadline = this.#options.clock.after(LIMITS.joinMs, () => {
       link.end("it does not answer as a chat server does");
     });
   }

@@ -352,10 +352,16 @@ test("handshakes of one network beyond the first ones are spread over time, and 
   await later;
 });
 
-test("a TLS handshake that does not end, or does not begin, times out", async (t) => {
+test("a TLS handshake that does not end, or does not begin, times out after a minute", async (t) => {
+  const original = tls.createServer;
+  let timeout = 0;
+  t.mock.method(tls, "createServer", (options: tls.TlsOptions) => {
+    timeout = options.handshakeTimeout ?? 0;
+    return original({ ...options, handshakeTimeout: timeout / 60 }); // by a clock of its own: this one is 60 times as fast
+  });
   const { port } = await serveHere(t);
+  assert.equal(timeout, 60_000);
   const hello = Buffer.from("1603010200010001fc0303".padEnd(1000, "0"), "hex");
-  const began = Date.now();
   await Promise.all([0, 1].map(async (bytes) => {
     const socket = net.connect(port, "127.0.0.1");
     let sent = 0;
@@ -364,7 +370,6 @@ test("a TLS handshake that does not end, or does not begin, times out", async (t
     await new Promise((closed) => socket.on("error", () => {}).on("close", closed));
     clearInterval(drip);
   }));
-  assert.ok(Date.now() - began > LIMITS.handshakeMs - 1000);
 });
 
 test("a connection that sends a byte a second is closed if it has not logged in after five minutes", () => {

@@ -5,7 +5,7 @@ import { cells, clean, cut, fold, format, isNick, isRoom, LIMITS, LineSplitter, 
 /** The lines that a splitter has; faults in angle brackets. */
 const splits = (splitter: LineSplitter) => {
   const found: string[] = [];
-  for (let split; (split = splitter.next());) found.push("text" in split ? split.text : `<${split.fault}>`);
+  for (let split; (split = splitter.next());) found.push(split.fault ? `<${split.fault}>` : split.text);
   return found;
 };
 

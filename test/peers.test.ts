@@ -1,6 +1,6 @@
 // Other people's software: IRC clients on this server, TLS tools, and `join` on other IRC servers.
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
+import { execFile, spawn } from "node:child_process";
 import crypto from "node:crypto";
 import { once } from "node:events";
 import fs from "node:fs";
@@ -9,13 +9,16 @@ import os from "node:os";
 import path from "node:path";
 import { test, type TestContext } from "node:test";
 import tls from "node:tls";
+import { promisify } from "node:util";
 import { selfSigned } from "../chat.ts";
 import {
   BINARY,
+  connect,
   enter,
   freePort,
   type Irc,
   joinProcess,
+  ROOT,
   Running,
   type Served,
   serveProcess,
@@ -31,9 +34,17 @@ function folder(t: TestContext): string {
   return made;
 }
 
+const CA = path.join(ROOT, "certs", "ca.pem");
+const read = (name: string) => fs.readFileSync(path.join(ROOT, "certs", name), "utf8");
+/** The certificate of an authority: clients that trust it verify the server. */
+const CERTIFIED = { CHAT_KEY: read("server.key"), CHAT_CERT: read("server.pem") };
+
 /** A server with two members in the room: ana with `join` in a terminal, and bo on a connection of the test. */
-async function room(t: TestContext): Promise<{ server: Served; ana: Terminal; bo: Irc }> {
-  const server = await serveProcess(t);
+async function room(
+  t: TestContext,
+  env: Readonly<Record<string, string>> = CERTIFIED,
+): Promise<{ server: Served; ana: Terminal; bo: Irc }> {
+  const server = await serveProcess(t, [], { env });
   const bo = await enter(t, server.port, "bo", "away-notify");
   const ana = new Terminal(t, [BINARY, "join", `ana@127.0.0.1:${server.port}`], {
     columns: 100,
@@ -44,11 +55,15 @@ async function room(t: TestContext): Promise<{ server: Served; ana: Terminal; bo
   return { server, ana, bo };
 }
 
-/** Has an IRC client in a terminal do what its user would, and checks what the others get, and the reverse. */
+/**
+ * Has an IRC client in a terminal do what its user would, and checks what the others get, and the reverse.
+ * @param inLab waits until the client shows #lab
+ */
 async function converse(
   client: Terminal,
   nick: string,
   { server, ana, bo }: Awaited<ReturnType<typeof room>>,
+  inLab: () => Promise<unknown> = () => client.wait(/has joined #lab/),
 ): Promise<void> {
   await bo.wait(new RegExp(`:${nick}!${nick}@chat JOIN #chat\r\n`));
   await ana.wait(new RegExp(`-- \\d\\d:\\d\\d #chat: ${nick} joined`));
@@ -67,7 +82,7 @@ async function converse(
   client.enter("/join #lab");
   bo.send("JOIN #lab");
   await bo.wait(/ 353 bo = #lab :/);
-  await client.wait(/has joined #lab/);
+  await inLab();
   client.enter("in the lab");
   await bo.wait(new RegExp(`:${nick}!${nick}@chat PRIVMSG #lab :in the lab\r\n`));
   client.enter("/away back soon");
@@ -82,6 +97,14 @@ async function converse(
   assert.doesNotMatch(server.err.all, /error/);
 }
 
+/** The SHA-256 of a server's key, as irssi takes it. */
+async function keyHash(port: number): Promise<string> {
+  const socket = await connect(port);
+  const der = socket.getPeerX509Certificate()?.publicKey.export({ type: "spki", format: "der" }) ?? "";
+  socket.destroy();
+  return crypto.createHash("sha256").update(der).digest("hex").replace(/..(?=.)/g, "$&:").toUpperCase();
+}
+
 /** irssi takes fast typing for a paste and asks for a confirmation, unless this setting is made. */
 const NO_PASTE_CHECK = `"fe-text" = { paste_verify_line_count = "0"; };`;
 
@@ -90,8 +113,12 @@ for (const mechanism of ["PASS", "SASL PLAIN"] as const) {
     `a user of irssi who logged in by ${mechanism} can talk, change rooms, and use the usual commands`,
     wants("tmux", "irssi"),
     async (t) => {
-      const all = await room(t);
-      const { port, pin } = all.server;
+      const isPinned = mechanism === "PASS"; // by its key; the other time by the authority that has signed it
+      const all = await room(t, isPinned ? {} : CERTIFIED);
+      const { port } = all.server;
+      const verification = isPinned
+        ? `tls_verify = "no"; tls_pinned_pubkey = "${await keyHash(port)}";`
+        : `tls_verify = "yes"; tls_cafile = "${CA}";`;
       const home = folder(t);
       if (mechanism === "SASL PLAIN") {
         const first = await enter(t, port, "iris");
@@ -104,14 +131,13 @@ for (const mechanism of ["PASS", "SASL PLAIN"] as const) {
       fs.writeFileSync(
         path.join(home, "config"),
         `
-      servers = ( { address = "127.0.0.1"; chatnet = "chat"; port = "${port}"; use_tls = "yes"; tls_verify = "no";
+      servers = ( { address = "localhost"; chatnet = "chat"; port = "${port}"; use_tls = "yes"; ${verification}
         autoconnect = "yes"; ${mechanism === "PASS" ? 'password = "secret";' : ""} } );
       chatnets = { chat = { type = "IRC"; nick = "iris"; cmdmax = "100"; cmdspeed = "0"; ${login} }; };
       settings = { "irc/core" = { cmds_max_at_once = "100"; cmd_queue_speed = "1msec"; };
         "fe-common/core" = { autocreate_own_query = "no"; autocreate_query_level = "NONE"; };
         ${NO_PASTE_CHECK} };`,
       );
-      assert.ok(pin);
       const irssi = new Terminal(t, ["irssi", `--home=${home}`], { columns: 100, rows: 40 });
       await irssi.wait(/Act: .*2|\[#chat\]/);
       irssi.enter("/window 2");
@@ -176,8 +202,7 @@ test("a user of WeeChat can talk, change rooms, and use the usual commands", wan
   const server = `/server add chat 127.0.0.1/${all.server.port} -tls -nicks=wee -password=secret`;
   const commands = [
     server,
-    "/set irc.server.chat.tls_verify off",
-    "/set irc.server.chat.ssl_verify off",
+    `/set weechat.network.gnutls_ca_user ${CA}`,
     "/set irc.server.chat.ssl on",
     "/set irc.server.chat.anti_flood_prio_high 0",
     "/set irc.server.chat.anti_flood_prio_low 0",
@@ -195,17 +220,145 @@ test("a user of WeeChat can talk, change rooms, and use the usual commands", wan
 });
 
 test(
+  "a user of catgirl can talk, change rooms, use the usual commands, and come back",
+  wants("tmux", "catgirl"),
+  async (t) => {
+    const all = await room(t);
+    const { server: { port }, ana, bo } = all;
+    const command = ["catgirl", "-h", "127.0.0.1", "-p", String(port), "-t", CA, "-n", "cat", "-w", "secret"];
+    const catgirl = new Terminal(t, [...command, "-j", "#chat"], { columns: 110, rows: 40 });
+    await catgirl.wait(/In #chat are/);
+    catgirl.enter("/names");
+    await catgirl.wait(/In #chat are .*ana/);
+    await converse(catgirl, "cat", all, () => catgirl.wait(/cat arrives in #lab/));
+    const again = new Terminal(t, [...command, "-j", "#chat"], { columns: 110, rows: 40 });
+    await again.wait(/In #chat are/);
+    again.enter("back again");
+    await bo.wait(/:cat!cat@chat PRIVMSG #chat :back again\r\n/);
+    await ana.wait(/cat +back again/);
+  },
+);
+
+test(
+  "a user of finch, which is made of libpurple, can talk, change rooms, use the usual commands, and come back",
+  wants("tmux", "finch"),
+  async (t) => {
+    const all = await room(t);
+    const { server: { port }, ana, bo } = all;
+    const home = folder(t);
+    const peers = path.join(home, ".purple", "certificates", "x509", "tls_peers");
+    fs.mkdirSync(peers, { recursive: true });
+    fs.copyFileSync(path.join(ROOT, "certs", "server.pem"), path.join(peers, "127.0.0.1")); // as "Accept" does
+    fs.writeFileSync(
+      path.join(home, ".purple", "accounts.xml"),
+      `<account version='1.0'><account><protocol>prpl-irc</protocol><name>fin@127.0.0.1</name><password>secret</password>
+      <settings><setting name='ssl' type='bool'>1</setting><setting name='port' type='int'>${port}</setting>
+      <setting name='ratelimit-interval' type='int'>0</setting></settings>
+      <settings ui='gnt-purple'><setting name='auto-login' type='bool'>1</setting></settings></account></account>`,
+    );
+    /** Brings a room to the front: the last row of the screen lists the windows. */
+    const show = async (finch: Terminal, name: string) => {
+      const [bar] = await finch.wait(new RegExp(`.*│${name} \\(fin@127.*$`));
+      finch.keys(`M-${bar.split("│").findIndex((title) => title.startsWith(name)) + 1}`);
+      await finch.wait(new RegExp(`┤${name}[^]*users:`));
+    };
+    const start = async () => {
+      const finch = new Terminal(t, ["finch"], { columns: 110, rows: 40, env: { HOME: home } });
+      await show(finch, "#chat");
+      return finch;
+    };
+    const finch = await start();
+    await converse(finch, "fin", all, () => show(finch, "#lab"));
+    const again = await start();
+    again.enter("back again");
+    await bo.wait(/:fin!fin@chat PRIVMSG #chat :back again\r\n/);
+    await ana.wait(/fin +back again/);
+  },
+);
+
+/** A robot: it repeats what it is told, and prints the names in a room and the rooms that there are. */
+const ROBOT = `
+import { createRequire } from "node:module";
+const { Client } = createRequire(process.cwd() + "/")("irc-framework");
+const [port] = process.argv.slice(2);
+const robot = new Client();
+robot.on("message", (one) => {
+  if (one.type !== "privmsg" || one.nick === robot.user.nick) return;
+  if (one.message === "rooms?") robot.list();
+  else one.reply("you said: " + one.message);
+});
+robot.on("registered", () => console.log("registered as", robot.user.nick));
+robot.on("userlist", ({ channel, users }) => console.log("names", channel, users.map(({ nick }) => nick).sort().join()));
+robot.on("channel list", (rooms) => console.log("rooms", rooms.map(({ channel }) => channel).join()));
+robot.on("close", () => { // its own reconnecting waits for seconds
+  console.log("reconnecting");
+  robot.connect();
+});
+robot.connect({
+  host: "127.0.0.1", port: Number(port), tls: true, rejectUnauthorized: true, nick: "robot", password: "secret",
+  account: { account: "robot", password: "secret" },
+});
+`;
+
+test("a robot made with irc-framework registers, talks, lists, and reconnects, with its server verified", async (t) => {
+  const { server: { port }, ana, bo } = await room(t);
+  const home = folder(t);
+  fs.writeFileSync(path.join(home, "robot.mjs"), ROBOT);
+  const install = ["install", "--prefix", home, "--ignore-scripts", "--no-audit", "--no-fund", "irc-framework@4.14.0"];
+  await promisify(execFile)("npm", install); // in the environment of the tests, which may say how to reach the registry
+  const connections: net.Socket[] = [];
+  const proxy = net.createServer((near) => {
+    const far = net.connect(port, "127.0.0.1");
+    connections.push(near);
+    for (const [one, other] of [[near, far], [far, near]] as const) {
+      one.pipe(other);
+      one.on("error", () => {}).on("close", () => other.destroy());
+    }
+  }).listen(0, "127.0.0.1");
+  t.after(() => {
+    proxy.close();
+    for (const one of connections) one.destroy();
+  });
+  await once(proxy, "listening");
+  const { port: near } = proxy.address() as net.AddressInfo;
+  const trust = { NODE_EXTRA_CA_CERTS: CA };
+  const robot = new Running(t, [process.execPath, "robot.mjs", String(near)], trust, { cwd: home });
+  for (const round of ["first", "second"]) {
+    await robot.out.wait(/registered as robot\n/); // SASL fails the first time, and PASS registers
+    await robot.out.wait(/names #chat ana,bo,robot\n/);
+    bo.send(`PRIVMSG #chat :${round}`);
+    await bo.wait(new RegExp(`:robot!robot@chat PRIVMSG #chat :you said: ${round}\r\n`));
+    await ana.wait(new RegExp(`robot +you said: ${round}`));
+    bo.send("PRIVMSG robot :in private");
+    await bo.wait(/:robot!robot@chat PRIVMSG bo :you said: in private\r\n/);
+    bo.send("PRIVMSG robot :rooms?");
+    await robot.out.wait(/rooms #chat\n/);
+    connections.at(-1)?.destroy();
+    await robot.out.wait(/reconnecting\n/);
+  }
+});
+
+test(
   "a person can log in and talk by typing IRC into openssl s_client and gnutls-cli, with LF line endings",
   wants("openssl", "gnutls-cli"),
   async (t) => {
-    const server = await serveProcess(t);
+    const server = await serveProcess(t, [], { env: CERTIFIED });
     const bo = await enter(t, server.port, "bo");
     const at = `127.0.0.1:${server.port}`;
     for (
-      const [nick, command] of [["sue", ["openssl", "s_client", "-quiet", "-connect", at]], ["gus", [
+      const [nick, command] of [["sue", [
+        "openssl",
+        "s_client",
+        "-quiet",
+        "-verify_return_error",
+        "-CAfile",
+        CA,
+        "-connect",
+        at,
+      ]], ["gus", [
         "gnutls-cli",
-        "--insecure",
-        "--no-ca-verification",
+        "--x509cafile",
+        CA,
         "-p",
         String(server.port),
         "127.0.0.1",

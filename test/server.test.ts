@@ -10,7 +10,7 @@ quickScrypt();
 
 const ALL =
   "message-tags server-time account-tag extended-join echo-message batch labeled-response away-notify standard-replies " +
-  "cap-notify sasl draft/chathistory draft/account-registration";
+  "cap-notify sasl draft/chathistory draft/account-registration account-notify multi-prefix";
 const b64 = (text: string) => Buffer.from(text).toString("base64");
 const plain = (nick: string, password: string) => b64(`\0${nick}\0${password}`);
 /** The lines of a text that match a pattern. */
@@ -148,8 +148,8 @@ test("SASL can be aborted and tried again, takes chunks of 400 bytes, and lists 
   await irc.wait(/ 907 ana :You are logged in already\r\n/);
 });
 
-test("PASS does not register a nick on a connection that has tried SASL", async (t) => {
-  const { port, server } = await serveHere(t);
+test("PASS registers a free nick also after SASL has failed because there is no such account", async (t) => {
+  const { port } = await serveHere(t);
   const irc = await dial(t, port);
   irc.send(
     "CAP REQ sasl",
@@ -161,8 +161,16 @@ test("PASS does not register a nick on a connection that has tried SASL", async 
   );
   await irc.wait(/ 904 /);
   irc.send("CAP END");
-  await irc.wait(/ 464 ana :No account of that name/);
-  assert.equal(server.accounts.find("ana"), undefined);
+  await irc.wait(/NOTICE ana :ana is registered now/);
+  await irc.wait(/ 001 ana /);
+});
+
+test("an empty real name is refused, and another one is accepted after it", async (t) => {
+  const { port } = await serveHere(t);
+  const irc = await dial(t, port);
+  irc.send("PASS secret", "NICK ana", "USER a 0 * :", "USER a 0 * : ", "USER a 0 * :Ana");
+  await irc.wait(/ 461 ana USER :.*\r\n.* 461 ana USER :/);
+  await irc.wait(/ 001 ana /);
 });
 
 test("REGISTER makes an account before the welcome and logs in to it", async (t) => {
@@ -431,6 +439,8 @@ test("a message to oneself is delivered, and also echoed to a client with echo-m
   modern.send("@label=x PRIVMSG ana :note");
   const seen = await modern.sync();
   assert.equal(lines(seen, /PRIVMSG ana :note/).length, 2, seen);
+  assert.equal(lines(seen, /label=x/).length, 1, seen);
+  assert.match(seen, /@label=x\S* :ana!ana@chat PRIVMSG/);
 });
 
 test("NAMES, LIST and WHO list the rooms and their members", async (t) => {
@@ -439,7 +449,7 @@ test("NAMES, LIST and WHO list the rooms and their members", async (t) => {
   await bo.wait(/ 306 bo /);
   ana.send("NAMES #chat", "NAMES #other", "NAMES #none", "NAMES");
   await ana.wait(
-    / 353 ana = #chat :ana bo\r\n.* 366 ana #chat .*\r\n.* 353 ana = #other :bo\r\n.* 366 ana #other .*\r\n.* 366 ana #none .*\r\n.* 366 ana \* /,
+    / 353 ana = #chat :ana bo\r\n.* 366 ana #chat .*\r\n.* 353 ana = #other :bo\r\n.* 366 ana #other .*\r\n.* 366 ana #none .*\r\n.* 353 ana = #chat :ana bo\r\n.* 366 ana #chat .*\r\n.* 366 ana \* /,
   );
   ana.send("LIST", "LIST #other");
   await ana.wait(
@@ -449,7 +459,35 @@ test("NAMES, LIST and WHO list the rooms and their members", async (t) => {
   await ana.wait(
     / 352 ana #chat ana chat chat\.server ana H :0 ana X\r\n.* 352 ana #chat bo chat chat\.server bo G :0 bo X\r\n.* 315 ana #chat /,
   );
-  await ana.wait(/ 352 ana #chat bo .*\r\n.* 315 ana bo .*\r\n.* 315 ana nobody /);
+  await ana.wait(/ 352 ana \* bo .*\r\n.* 315 ana bo .*\r\n.* 315 ana nobody /);
+});
+
+test("WHO matches nick, user@host and nick!user@host with a mask, in time that no mask can make long", async (t) => {
+  const { ana, port } = await two(t);
+  await enter(t, port, "Bob");
+  const found = async (mask: string) => {
+    ana.send(`WHO ${mask}`);
+    return lines(await ana.sync(), / 352 /).map((line) => line.split(" ")[7]).join();
+  };
+  for (
+    const [mask, nicks] of [
+      ["*", "ana,bo,Bob"],
+      ["0", "ana,bo,Bob"],
+      ["b*", "bo,Bob"],
+      ["BO?", "Bob"],
+      ["bo", "bo"],
+      ["*b", "Bob"],
+      ["*o*", "bo,Bob"],
+      ["?", ""],
+      ["??*", "ana,bo,Bob"],
+      ["bo@chat", "bo"],
+      ["*@chat", "ana,bo,Bob"],
+      ["*!b*@*", "bo,Bob"],
+      ["chat", ""],
+      ["b**b", "Bob"],
+      [`${"*a".repeat(200)}*`, ""],
+    ] as const
+  ) assert.equal(await found(mask), nicks, mask);
 });
 
 test("WHOIS describes a member but never shows an address", async (t) => {
@@ -475,6 +513,16 @@ test("WHOIS describes a member but never shows an address", async (t) => {
   assert.doesNotMatch(ana.all, /127\.0\.0\.1/);
 });
 
+test("WHOWAS describes a member who has left, and nobody else", async (t) => {
+  const { ana, bo } = await two(t);
+  ana.send("WHOWAS bo", "WHOWAS nobody");
+  await ana.wait(/ 406 ana bo .*\r\n.* 369 ana bo .*\r\n.* 406 ana nobody .*\r\n.* 369 ana nobody /);
+  bo.send("QUIT");
+  await ana.wait(/QUIT/);
+  ana.send("WHOWAS BO 1");
+  await ana.wait(/ 314 ana bo bo chat \* :bo X\r\n.* 312 ana bo chat\.server :left \w+, \d.*\r\n.* 369 ana BO /);
+});
+
 test("an away message is sent to members who write, and announced to clients with away-notify", async (t) => {
   const { ana, bo } = await two(t, {}, "away-notify");
   bo.send("AWAY :lunch");
@@ -489,6 +537,7 @@ test("an away message is sent to members who write, and announced to clients wit
   await ana.sync();
   bo.send("PART #new", "JOIN #new");
   await ana.wait(/:bo!bo@chat JOIN #new\r\n:bo!bo@chat AWAY :out\r\n/);
+  assert.doesNotMatch(bo.all, /:bo!bo@chat AWAY/); // who is away knows
 });
 
 test("MODE answers queries, accepts +i on oneself without a reply, and refuses every other change", async (t) => {
@@ -525,6 +574,7 @@ test("USERHOST, ISON, LUSERS, MOTD, TIME, VERSION and INFO reply with their nume
     "NICK",
     "NICK 1x",
     "NICK other",
+    "NICK bo",
     "USER a 0 * :a",
     "PASS x",
   );
@@ -535,7 +585,10 @@ test("USERHOST, ISON, LUSERS, MOTD, TIME, VERSION and INFO reply with their nume
       / 303 ana :ana bo\r\n/,
       / 251 ana :/,
       / 254 ana 1 :/,
+      / 252 ana 0 :/,
       / 255 ana :/,
+      / 265 ana 2 2 :/,
+      / 266 ana 2 2 :/,
       / 375 ana :/,
       / 376 ana :/,
       / 391 ana chat\.server :/,
@@ -546,6 +599,7 @@ test("USERHOST, ISON, LUSERS, MOTD, TIME, VERSION and INFO reply with their nume
       / 431 ana :/,
       / 432 ana 1x :/,
       / 484 ana :/,
+      / 433 ana bo :/,
       / 462 ana :/,
     ]
   ) {
@@ -601,6 +655,19 @@ test("a line that is too long or not UTF-8 is refused, and a NUL closes the conn
   await irc.wait(/ 417 ana :/);
   irc.socket.write(Buffer.from([0x50, 0xff, 0x0d, 0x0a]));
   await irc.wait(/FAIL \* INVALID_UTF8 :/);
+  irc.send("CAP REQ labeled-response");
+  for (
+    const [tags, reply] of [["@label=a", "@label=a"], ["@x;label=b;y=\xff", "@label=b"], ["@label=c;d", "@label=c"]]
+  ) {
+    irc.socket.write(Buffer.from(`${tags} PRIVMSG #chat :\xff\r\n`, "latin1"));
+    await irc.wait(new RegExp(`${reply} :chat\\.server FAIL PRIVMSG INVALID_UTF8 :`));
+  }
+  for (const length of [600, 6000]) {
+    irc.send(`@label=long PRIVMSG #chat :${"x".repeat(length)}`);
+    await irc.wait(/@label=long :chat\.server 417 ana :/);
+  }
+  irc.send(`@label=${"x".repeat(5000)} PING x`);
+  await irc.wait(/\n:chat\.server 417 ana :/);
   await irc.sync();
   irc.socket.write("PING \0\r\n");
   await irc.wait(/ERROR :That is not text\r\n/);

@@ -788,7 +788,7 @@ test("join gives up a server whose CAP LS never ends", async (t) => {
   const result = join({ host: "127.0.0.1", port, ui, nick: "ana", password: "secret", clock }).catch(String);
   await until(() => server.reached.has("CAP-LS"), () => "it did not ask");
   server.send(...Array.from({ length: 5000 }, (_, at) => `:s CAP * LS * :cap${at}`));
-  clock.tick(LIMITS.handshakeMs);
+  clock.tick(LIMITS.joinMs);
   assert.match(String(await result), /it does not answer as a chat server does/);
 });
 
