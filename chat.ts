@@ -2038,7 +2038,6 @@ export class Server implements Host {
     for (const session of this.sessions) if (session.member === member) session.close(reason);
     if (member.present) this.#leave(member, reason);
   }
-  /** Deletes an account with its private talks. */
   forget(member: Member): void {
     this.accounts.forget(member);
     this.kick(member, "The account was deleted");
@@ -2050,9 +2049,8 @@ export class Server implements Host {
   }
   /** Tells the others of these members that one of them is away, or back. */
   announceAway(member: Member, members: Iterable<Member>): void {
-    const { nick, away } = member;
     const others = [...members].filter((one) => one !== member);
-    announce(format("AWAY", away ? [away] : [], sourceOf(nick)), others, "away-notify");
+    announce(format("AWAY", member.away ? [member.away] : [], sourceOf(member.nick)), others, "away-notify");
   }
   #leave(member: Member, reason: string): void {
     const audience = this.audienceOf(member);
