@@ -283,6 +283,11 @@ class Semaphore {
 }
 
 const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
+/** scrypt (RFC 7914), in the thread pool. */
+const scrypt = (password: Buffer | string, salt: Buffer | string, bytes: number, options: crypto.ScryptOptions) =>
+  new Promise<Buffer>((resolve, reject) => {
+    crypto.scrypt(password, salt, bytes, options, (error, key) => error ? reject(error) : resolve(key));
+  });
 const base64 = (data: Buffer) => data.toString("base64");
 const fromBase64 = (text = "") => Buffer.from(text, "base64");
 const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
@@ -583,7 +588,7 @@ export function selfSigned(privateKey: crypto.KeyObject): string {
 function newKey(secret?: string): crypto.KeyObject {
   if (!secret) return crypto.generateKeyPairSync("ec", { namedCurve: "P-256" }).privateKey;
   const order = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551n;
-  const cost = { N: 2 ** 17, r: 8, p: 1, maxmem: 256 * 1024 * 1024 };
+  const cost = { N: 2 ** 17, r: 8, p: 1, maxmem: 2 ** 28 };
   const wide = crypto.scryptSync(secret, "chat identity v1", 48, cost).toString("hex");
   const scalar = Buffer.from((BigInt(`0x${wide}`) % (order - 1n) + 1n).toString(16).padStart(64, "0"), "hex");
   const curve = crypto.createECDH("prime256v1");
@@ -605,14 +610,8 @@ export function pinOf(key: crypto.KeyObject): string {
  * The check code of a public key, for people who compare: 40 bits of scrypt over its fingerprint. To find another key
  * with the same code one has to try 2^40 keys, each at a tenth of a second and 64 MiB.
  */
-export function checkCodeOf(key: crypto.KeyObject): Promise<string> {
-  const cost = { N: 2 ** 16, r: 8, p: 1, maxmem: 2 ** 27 };
-  return new Promise((resolve, reject) => {
-    crypto.scrypt(sha256(spki(key)), "chat check v1", 5, cost, (error, code) => {
-      if (error) reject(error);
-      else resolve(base32(code));
-    });
-  });
+export async function checkCodeOf(key: crypto.KeyObject): Promise<string> {
+  return base32(await scrypt(sha256(spki(key)), "chat check v1", 5, { N: 2 ** 16, r: 8, p: 1, maxmem: 2 ** 27 }));
 }
 
 /** Whether a pin or a check code may decide about a key. With RSA, keys that look alike are too cheap to make. */
@@ -789,29 +788,15 @@ export interface Keys {
   readonly serverKey: Buffer;
 }
 
-/** Makes the salted password: scrypt here, Hi() in RFC 5802. `cost` is the attribute `i`. */
-export type Derivation = (password: string, salt: Buffer, cost: number) => Promise<Buffer>;
-
-export const COST = 2 ** 15; // N of scrypt; with r = 8 that is 32 MiB
+export const COST = 2 ** 15; // N of scrypt, and the attribute `i` of SCRAM; with r = 8 that is 32 MiB
 const [SALT_BYTES, KEY_BYTES] = [16, 32];
-
-/** scrypt (RFC 7914), in the thread pool. */
-export const scrypt: Derivation = (password, salt, cost) =>
-  new Promise((resolve, reject) => {
-    const options = { N: cost, r: 8, p: 3, maxmem: 64 * 1024 * 1024 };
-    crypto.scrypt(password, salt, KEY_BYTES, options, (error, key) => error ? reject(error) : resolve(key));
-  });
 
 const hmac = (key: Buffer, text: string) => crypto.createHmac("sha256", key).update(text).digest();
 
-/** Makes the keys of RFC 5802, section 3, from a password, which is normalised to NFC. */
-export async function deriveKeys(
-  password: string,
-  salt: Buffer = crypto.randomBytes(SALT_BYTES),
-  cost: number = COST,
-  derive: Derivation = scrypt,
-): Promise<Keys> {
-  const salted = await derive(password.normalize("NFC"), salt, cost);
+/** Makes the keys of RFC 5802, section 3, from a password, which is normalised to NFC; with scrypt in place of Hi(). */
+export async function deriveKeys(password: string, salt: Buffer = crypto.randomBytes(SALT_BYTES)): Promise<Keys> {
+  const cost = { N: COST, r: 8, p: 3, maxmem: 2 ** 26 };
+  const salted = await scrypt(password.normalize("NFC"), salt, KEY_BYTES, cost);
   return { salt, clientKey: hmac(salted, "Client Key"), serverKey: hmac(salted, "Server Key") };
 }
 
