@@ -920,8 +920,8 @@ export interface Visitor {
   readonly closed: boolean;
 }
 
-/** Why a login or a registration is refused; `wait 12` says for how many seconds. */
-export type Refusal = keyof typeof REFUSALS | `${keyof typeof OFTEN} ${number}`;
+/** Why a login or a registration is refused: a key of REFUSALS, or the words themselves if they depend on the time. */
+export type Refusal = keyof typeof REFUSALS | `Too many ${string}`;
 
 const REFUSALS = {
   "wrong": "Wrong password",
@@ -935,15 +935,10 @@ const REFUSALS = {
   "unwritten": "The server cannot write new accounts down at the moment",
   "gone": "You have disconnected",
 } as const;
-const OFTEN = { wait: "Too many attempts", crowd: "Too many new accounts from your address" } as const;
 
 /** Says why something is refused. */
-function reasonOf(refusal: Refusal): string {
-  const [, kind, seconds] = /^(wait|crowd) (\d+)$/.exec(refusal) ?? [];
-  if (!kind) return REFUSALS[refusal as keyof typeof REFUSALS];
-  const what = OFTEN[kind as keyof typeof OFTEN];
-  return `${what}: try again in ${seconds} s${kind === "crowd" ? ", or ask the operator for /admit" : ""}`;
-}
+const reasonOf = (refusal: Refusal) => rowOf<string>(REFUSALS, refusal) ?? refusal;
+const tryAgain = (waitMs: number) => `try again in ${Math.ceil(waitMs / 1000)} s`;
 
 /** What follows a message of a SASL exchange: a challenge, success or failure. */
 export type SaslStep<A> =
@@ -1071,7 +1066,7 @@ export class Accounts<A extends Account> {
     if (objection) return objection;
     const isExempt = isLoopback(visitor.address) || this.#isAdmitted(nick);
     const waitMs = isExempt ? 0 : tryCharge(this.#registrations.of(siteOf(visitor.address)));
-    if (waitMs) return `crowd ${Math.ceil(waitMs / 1000)}`;
+    if (waitMs) return `Too many new accounts from your address: ${tryAgain(waitMs)}, or ask the operator for /admit`;
     const keys = typeof secret === "string" ? await this.#hash(secret, visitor) : undefined;
     const verifier = keys ? verifierOf(keys) : secret;
     if (typeof verifier === "string") return "gone"; // it disconnected before its turn
@@ -1150,7 +1145,7 @@ export class Accounts<A extends Account> {
     const limits = [this.#tries.of(`${name} ${network}`)];
     if (!networks.has(network)) limits.push(this.#siteTries.of(siteOf(address)), this.#unknownTries.of(name));
     const waitMs = tryCharge(...limits);
-    return waitMs ? `wait ${Math.ceil(waitMs / 1000)}` : limits;
+    return waitMs ? `Too many attempts: ${tryAgain(waitMs)}` : limits;
   }
 
   /** Gives the charge back for an attempt that was right, and remembers the network. */

@@ -169,7 +169,7 @@ interface TestAccount extends chat.Account {
 }
 
 /** A refusal, or "often" for one that says for how many seconds. */
-const kindOf = (refusal: chat.Refusal) => refusal.replace(/^(wait|crowd) \d+$/, "often");
+const kindOf = (refusal: chat.Refusal) => refusal.replace(/^Too many .*: try again in \d+ s.*$/, "often");
 
 /** A map of accounts on a clock that stands still. */
 class TestAccounts extends chat.Accounts<TestAccount> {
@@ -366,7 +366,7 @@ test("a refusal says for how many seconds, and it is true", async (t) => {
   const accounts = await withAna(t);
   await accounts.guess("ana", ELSEWHERE, chat.LIMITS.triesPerAccount);
   accounts.clock.tick(12_345);
-  assert.equal(await accounts.login("ana", "right", from(ELSEWHERE)), "wait 18");
+  assert.equal(await accounts.login("ana", "right", from(ELSEWHERE)), "Too many attempts: try again in 18 s");
   accounts.clock.tick(18_000);
   assert.equal(await accounts.enter("ana", "right", ELSEWHERE), "in");
 });
@@ -382,7 +382,7 @@ test("the /64 networks of one IPv6 /48 share their attempts on all accounts toge
   for (let at = 0; at < chat.LIMITS.newAccountsPerHour; at++) {
     assert.equal(typeof await register(`new${at}`, `3:${at}`), "object");
   }
-  assert.equal(await register("late", "3:fff"), "crowd 180");
+  assert.match(String(await register("late", "3:fff")), /^Too many new accounts .*: try again in 180 s, or ask/);
   assert.equal(typeof await register("late", "4:fff"), "object");
 });
 
