@@ -952,6 +952,9 @@ export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslSte
 /** Writes a record of what has changed. @returns whether that was possible */
 export type Journal = (record: string) => Promise<boolean>;
 
+/** What the operator can decide about a nick. One that is admitted may register within the hour, whatever the limits. */
+type Decision = "admitted" | "barred" | "forgotten" | "unbarred";
+
 /** Formats a record of the journal: a nick, a date, and the verifier as text, or what happened to the nick. */
 const recordOf = (who: string, what: string, wall: number) =>
   `${who} ${new Date(wall).toISOString().replace(/\.\d+/, "")} ${what}`;
@@ -1004,15 +1007,10 @@ export class Accounts<A extends Account> {
     const [key, verifier] = [fold(who), readVerifier(what)];
     const ageMs = this.#clock.wall() - Date.parse(date);
     if (isNaN(ageMs) || more.length || (!isNick(who) && networkOf(who) !== who && !who.endsWith("::/64"))) return false;
-    if (typeof verifier === "object" && isNick(who)) {
-      const account = this.byNick.get(key) ?? this.#make(who, verifier);
-      account.verifier = verifier;
-      this.byNick.set(key, account);
-      this.barred.delete(key);
-      this.#admitted.delete(key); // which was for once
-    } else if (what === "forgotten") {
+    if (typeof verifier === "object" && isNick(who)) this.#keep(who, verifier);
+    else if (what === "forgotten") {
       this.byNick.delete(key);
-      this.barred.set(key, what);
+      this.barred.set(key, what); // or a client that is running would register it again
     } else if (what === "barred") {
       this.barred.set(key, what);
       this.#admitted.delete(key);
@@ -1030,31 +1028,14 @@ export class Accounts<A extends Account> {
     if (isWritten) account.verifier = verifier;
     return isWritten;
   }
-  /** Deletes an account. Its nick stays barred, or a client that is running would register it again. */
-  forget({ nick }: A): void {
-    void this.#write(nick, "forgotten");
-    this.byNick.delete(fold(nick));
-    this.barred.set(fold(nick), "forgotten");
-  }
-  /** Lets a nick register: once, within the hour, whatever other limit there is. */
-  admit(nick: string): void {
-    void this.#write(nick, "admitted");
-    this.#admitted.set(fold(nick), this.#clock.now() + LIMITS.admitMs);
+  /** Does and writes down what the operator has decided about a nick, or about a network to be barred. */
+  decide(who: string, what: Decision): void {
+    void this.#write(who, what);
+    this.apply(recordOf(who, what, this.#clock.wall()));
   }
   /** The folded nicks that are admitted now. */
   get admitted(): string[] {
     return [...this.#admitted.keys()].filter((nick) => this.#isAdmitted(nick));
-  }
-  /** Keeps out a folded nick, or a network. */
-  bar(key: string): void {
-    void this.#write(key, "barred");
-    this.barred.set(key, "barred");
-    this.#admitted.delete(key);
-  }
-  /** Lifts that. @returns whether it was so */
-  unbar(key: string): boolean {
-    if (this.barred.has(key)) void this.#write(key, "unbarred");
-    return this.barred.delete(key);
   }
   #isAdmitted(nick: string): boolean {
     return (this.#admitted.get(fold(nick)) ?? 0) > this.#clock.now();
@@ -1075,11 +1056,16 @@ export class Accounts<A extends Account> {
     this.#registering.add(fold(nick));
     const isWritten = await this.#write(nick, formatVerifier(verifier));
     this.#registering.delete(fold(nick));
-    if (!isWritten) return "unwritten";
-    const account = this.#make(nick, verifier, visitor);
-    this.byNick.set(fold(nick), account);
-    this.#admitted.delete(fold(nick));
-    this.barred.delete(fold(nick));
+    return isWritten ? this.#keep(nick, verifier, visitor) : "unwritten";
+  }
+  /** Gives a nick an account with that verifier, whatever was decided about the nick before. */
+  #keep(nick: string, verifier: Verifier, visitor?: Visitor): A {
+    const key = fold(nick);
+    const account = this.byNick.get(key) ?? this.#make(nick, verifier, visitor);
+    account.verifier = verifier;
+    this.byNick.set(key, account);
+    this.barred.delete(key);
+    this.#admitted.delete(key); // which was for once
     return account;
   }
   #objectionTo(nick: string): Refusal | undefined {
@@ -2019,7 +2005,7 @@ export class Server implements Host {
     if (member.present) this.#leave(member, reason);
   }
   forget(member: Member): void {
-    this.accounts.forget(member);
+    this.accounts.decide(member.nick, "forgotten");
     this.kick(member, "The account was deleted");
     for (const log of member.talks.values()) this.history.forget(log);
   }
@@ -2818,7 +2804,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
   bar: row("NICK|ADDRESS", "keep an account, or everybody at an address, out", (server, who) => {
     const key = keyToBar(who);
     if (key === undefined) return `${who} is neither a nick nor an address`;
-    server.accounts.bar(key);
+    server.accounts.decide(key, "barred");
     const member = server.accounts.find(who);
     if (member) server.kick(member, REFUSALS.barred);
     for (const session of server.sessions) {
@@ -2827,15 +2813,17 @@ export const CONSOLE: Table<ConsoleCommand> = {
     return `${key} stays out until /unbar ${key}`;
   }),
   unbar: row("NICK|ADDRESS", "undo /bar, or free the nick of a deleted account", (server, who) => {
-    const wasBarred = server.accounts.unbar(keyToBar(who) ?? "");
-    return wasBarred ? `${who} is not barred any more` : `${who} was not barred`;
+    const key = keyToBar(who) ?? "";
+    if (!server.accounts.barred.has(key)) return `${who} was not barred`;
+    server.accounts.decide(key, "unbarred");
+    return `${who} is not barred any more`;
   }),
   lock: row("", "stop registration", (server) => setRegistration(server, false)),
   unlock: row("", "let everybody register again", (server) => setRegistration(server, true)),
   admit: row("NICK", "let a nick register once, within the hour, whatever is barred or locked", (server, nick) => {
     if (!isNick(nick)) return REFUSALS["bad nick"];
     if (server.accounts.find(nick)) return `${nick} has an account already; /unbar lets it in if it is barred`;
-    server.accounts.admit(nick);
+    server.accounts.decide(nick, "admitted");
     return `${nick} can register within the hour: whoever comes first; the log will say from where`;
   }),
   forget: row("NICK", "delete an account", (server, nick) => {

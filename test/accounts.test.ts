@@ -464,7 +464,7 @@ test("a network can register 20 accounts at once, then one every three minutes",
   accounts.clock.tick(3_600_000 / chat.LIMITS.newAccountsPerHour);
   assert.equal(await register("late", ELSEWHERE), "registered");
   assert.equal(await register("later", ELSEWHERE), "often");
-  accounts.admit("later");
+  accounts.decide("later", "admitted");
   assert.equal(await register("Later", ELSEWHERE), "registered", "the operator has admitted the nick");
   for (const nick of names("local", 3 * chat.LIMITS.newAccountsPerHour)) {
     assert.equal(await register(nick, "::1"), "registered", "loopback has no limit");
@@ -479,11 +479,11 @@ test("an admitted nick can be registered once, within the hour, though registrat
   };
   accounts.barred.set("bo", "forgotten");
   assert.equal(await register("bo"), "forgotten");
-  accounts.admit("Bo");
+  accounts.decide("Bo", "admitted");
   accounts.clock.tick(chat.LIMITS.admitMs);
   assert.equal(await register("bo"), "forgotten", "an hour has passed");
   accounts.closed = true;
-  accounts.admit("bo");
+  accounts.decide("bo", "admitted");
   assert.equal(await register("cy"), "closed");
   assert.equal(await register("bo"), "registered");
   accounts.byNick.delete("bo");
@@ -502,6 +502,6 @@ test("the number of accounts is limited", async (t) => {
   await accounts.add(...names("m", chat.LIMITS.accounts - accounts.byNick.size));
   const verifier = chat.verifierOf(await chat.deriveKeys("right"));
   assert.equal(await accounts.register("onemore", verifier, from("127.0.0.1")), "full");
-  accounts.admit("onemore");
+  accounts.decide("onemore", "admitted");
   assert.equal(typeof await accounts.register("onemore", verifier, from("127.0.0.1")), "object");
 });
