@@ -171,7 +171,7 @@ export class RateLimit {
 function tryCharge(...limits: readonly RateLimit[]): number {
   for (const limit of limits) limit.charge(1);
   const waitMs = Math.max(...limits.map(({ throttleMs }) => throttleMs));
-  for (const limit of waitMs ? limits : []) limit.refund(1);
+  if (waitMs) { for (const limit of limits) limit.refund(1); }
   return waitMs;
 }
 
@@ -1480,7 +1480,6 @@ class Outbox {
   /** Writes the queue. `force` does so although the peer is not ready: the connection is about to close. */
   flush(force = false): void {
     this.#isDue = false;
-    if (!this.#queue.length) return;
     while (this.#queue.length && (force || !this.isBlocked)) {
       if (!this.#peer.write(Outbox.#join(this.#take()))) Outbox.#blocked.add(this);
     }
@@ -1488,18 +1487,19 @@ class Outbox {
   }
   /** Takes from the queue what is written at once: a buffer, and further ones as far as the limit allows. */
   #take(): readonly Buffer[] {
-    let bytes = 0;
-    const end = this.#queue.findIndex(({ length }, at) => (bytes += length) > LIMITS.writeBytes && at > 0);
-    const taken = end < 0 ? this.#queue : this.#queue.slice(0, end);
-    this.#queue = end < 0 ? [] : this.#queue.slice(end);
-    this.#queuedBytes -= taken.reduce((sum, { length }) => sum + length, 0);
-    return taken;
+    let [count, bytes] = [0, 0];
+    for (const { length } of this.#queue) {
+      if (count > 0 && bytes + length > LIMITS.writeBytes) break;
+      count++;
+      bytes += length;
+    }
+    this.#queuedBytes -= bytes;
+    return this.#queue.splice(0, count);
   }
   /** The peer takes more. */
   drained(): void {
     Outbox.#blocked.delete(this);
     this.flush();
-    if (!this.isBlocked) this.#onWritten();
   }
   close(): void {
     this.#queue = [];
@@ -1568,6 +1568,7 @@ class Inbox {
     return this.#running || this.#cancelTimer ? 0 : this.#clock.now() - this.heardAt;
   }
   push(chunk: Buffer): void {
+    if (this.#session.closed) return;
     this.heardAt = this.#clock.now();
     this.rate.charge(LIMITS.chunkUnits + chunk.length / LIMITS.unitBytes);
     this.#splitter.push(chunk);
@@ -1650,7 +1651,7 @@ export class Session implements Reader, Visitor {
   member: Member | undefined; // present once it is logged in
   mechanism = ""; // by which it has logged in: PASS, or that of SASL
   active: number;
-  pingedAt = 0; // when it was sent a PING that it has not answered; 0 if it was not
+  pingedAt = 0; // when it was last sent a PING
   closed = false;
   #reply: Reply | undefined; // to the line that is being executed
   constructor(host: Host, peer: Peer) {
@@ -1678,13 +1679,6 @@ export class Session implements Reader, Visitor {
 
   // ---- From the peer
 
-  receive(chunk: Buffer): void {
-    if (!this.closed) this.inbox.push(chunk);
-  }
-  /** The client has closed its side of the connection. */
-  received(): void {
-    this.inbox.end();
-  }
   /** Disconnects a client that sends too much, and reads nothing more from it meanwhile. */
   flooded(): void {
     if (this.closed) return;
@@ -2241,7 +2235,7 @@ function handleCap(context: Context): void | Promise<void> {
     case "END":
       return completeRegistration(context);
     default:
-      return reply.numeric("410", word || "*", "Invalid CAP command");
+      return reply.numeric("410", word, "Invalid CAP command");
   }
 }
 
@@ -2363,7 +2357,7 @@ async function changePassword({ server, reply }: Context, member: Member, verifi
 function handleNick(context: Context): void | Promise<void> {
   const { server, session, member, reply, params: [wish = ""] } = context;
   if (!wish) return reply.numeric("431", "No nickname given");
-  if (!isNick(wish)) return reply.numeric("432", wish.split(" ")[0] || "*", REFUSALS["bad nick"]);
+  if (!isNick(wish)) return reply.numeric("432", wish, REFUSALS["bad nick"]);
   if (session.registration) {
     session.registration.nick = wish;
     return completeRegistration(context);
@@ -2464,7 +2458,7 @@ function handleChathistory({ server, member, params, reply }: MemberContext): vo
   const [subcommand = "", target = ""] = params;
   const [verb, most = ""] = [subcommand.toUpperCase(), params.at(-1)];
   const fail = (code: string, about: string, text: string) =>
-    reply.server("FAIL", "CHATHISTORY", code, subcommand, about || "*", text);
+    reply.server("FAIL", "CHATHISTORY", code, subcommand, about, text);
   const limit = /^\d+$/.test(most) ? Math.min(Number(most), LIMITS.chathistory) : 0;
   if (!limit) return fail("INVALID_PARAMS", most, "The limit is a number above 0");
   const places = params.slice(verb === "TARGETS" ? 1 : 2, -1);
@@ -2676,7 +2670,7 @@ Object.assign(
   COMMANDS,
   {
     PING: { least: 1, about: "ask for a PONG", early: true, run: handlePing },
-    PONG: { least: 0, about: "answer a PING", early: true, run: ({ session }) => void (session.pingedAt = 0) },
+    PONG: { least: 0, about: "answer a PING", early: true, run: () => {} },
     ERROR: { least: 0, about: "for servers only", early: true, run: () => {} },
     QUIT: { least: 0, about: "leave", early: true, run: handleQuit },
     JOIN: { least: 1, about: "enter rooms", run: handleJoin },
@@ -3060,9 +3054,9 @@ function attach(server: Server, socket: tls.TLSSocket, raw: tls.TLSSocket | unde
     records?.tell(`read ${chunk.length}`, `read ${recorded(chunk.length)}`);
     const lines = isMerged ? Math.max(1, chunk.filter((byte) => byte === LF).length) : 1; // about one for each line
     textBytes += chunk.length * (isDeno ? 2 : 1) + RECORD_OVERHEAD * lines;
-    session.receive(chunk);
+    session.inbox.push(chunk);
   });
-  socket.on("end", () => session.received());
+  socket.on("end", () => session.inbox.end());
   socket.on("drain", () => session.outbox.drained());
   socket.on("error", (error) => session.lost(error.message));
   socket.on("close", () => session.lost("Connection closed"));

@@ -58,7 +58,7 @@ class Wire implements chat.Peer {
   }
   /** Sends lines in one chunk. They end with CR LF and with a bare LF in turn. */
   send(...lines: readonly string[]): void {
-    this.session.receive(Buffer.from(lines.map((line) => line + (this.#sent++ % 2 ? "\n" : "\r\n")).join("")));
+    this.session.inbox.push(Buffer.from(lines.map((line) => line + (this.#sent++ % 2 ? "\n" : "\r\n")).join("")));
   }
   wait(pattern: RegExp): Promise<void> {
     return until(() => pattern.test(this.out), () => `no ${pattern} in:\n${this.out.slice(-3000)}`);
@@ -152,8 +152,8 @@ test("random input in every state neither stops the server nor keeps a member fr
     lines += pieces.length;
     const bytes = Buffer.concat(pieces);
     const middle = below(bytes.length + 1); // chunks end anywhere
-    peer.session.receive(bytes.subarray(0, middle));
-    peer.session.receive(bytes.subarray(middle));
+    peer.session.inbox.push(bytes.subarray(0, middle));
+    peer.session.inbox.push(bytes.subarray(middle));
     if (below(50)) continue;
     friend.send(`PRIVMSG #chat :number ${++said}`);
     witness.send("PING x"); // or else it would time out in a long run
@@ -380,7 +380,7 @@ test("a connection that sends a byte a second is closed if it has not logged in 
   for (let second = 0; second <= seconds + 1; second++) {
     assert.equal(wire.ended, second > seconds, `after ${second} seconds`);
     clock.tick(1000);
-    wire.session.receive(Buffer.from("x"));
+    wire.session.inbox.push(Buffer.from("x"));
     server.sweep();
   }
 });
@@ -403,7 +403,7 @@ test("a member whose unexecuted input exceeds its limit is disconnected, where r
   const lines = "PING x\r\n".repeat(1024);
   for (let bytes = 0; bytes <= LIMITS.inputBytes; bytes += lines.length) {
     assert.equal(wire.ended, false);
-    wire.session.receive(Buffer.from(lines));
+    wire.session.inbox.push(Buffer.from(lines));
   }
   assert.equal(wire.ended, true);
   await wire.wait(/ERROR :Excess flood\r\n$/);
@@ -449,7 +449,7 @@ for (const chunk of ["x", "\n", "\r\n\n", "\r\n".repeat(256), "PING x\r\n"]) {
     const server = new chat.Server({ rate: 0, clock: new FakeClock(), log: (text) => log.push(text) }); // for members
     const wire = new Wire(server, true);
     let count = 0;
-    for (; count < 10_000 && !wire.ended; count++) wire.session.receive(Buffer.from(chunk));
+    for (; count < 10_000 && !wire.ended; count++) wire.session.inbox.push(Buffer.from(chunk));
     const units = LIMITS.chunkUnits + chunk.length / LIMITS.unitBytes + Number(chunk.startsWith("PING"));
     const most = LIMITS.burstSeconds * LIMITS.loginRate / units;
     assert.ok(Math.abs(count - most) < 2, `${count} chunks, not about ${most}`);
@@ -461,7 +461,7 @@ for (const chunk of ["x", "\n", "\r\n\n", "\r\n".repeat(256), "PING x\r\n"]) {
   test(`a member over its rate limit is not read, and is disconnected if it goes on sending: ${JSON.stringify(chunk.slice(0, 8))}`, async () => {
     const server = new chat.Server();
     const { wire } = await inside(server, "ana");
-    const send = () => wire.session.receive(Buffer.from(chunk));
+    const send = () => wire.session.inbox.push(Buffer.from(chunk));
     for (let count = 0; wire.flowing && count < 10_000; count++) send();
     assert.deepEqual([wire.flowing, wire.ended], [false, false]);
     for (let count = 0; !wire.ended && count < 100_000; count++) send(); // Deno cannot pause a socket
@@ -472,7 +472,7 @@ for (const chunk of ["x", "\n", "\r\n\n", "\r\n".repeat(256), "PING x\r\n"]) {
 test("a login typed letter by letter stays within the rate limit", async () => {
   const server = new chat.Server();
   const wire = new Wire(server, true);
-  for (const letter of "PASS secret\nNICK ana\r\nUSER x 0 * :x\n") wire.session.receive(Buffer.from(letter));
+  for (const letter of "PASS secret\nNICK ana\r\nUSER x 0 * :x\n") wire.session.inbox.push(Buffer.from(letter));
   await wire.wait(/ 366 ana /);
 });
 

@@ -1258,7 +1258,7 @@ class TestPeer implements chat.Peer {
 
   /** Receives lines that end with a bare LF, in one chunk. */
   send(...texts: readonly string[]): void {
-    this.session.receive(Buffer.from(texts.map((text) => `${text}\n`).join("")));
+    this.session.inbox.push(Buffer.from(texts.map((text) => `${text}\n`).join("")));
   }
 
   wait(pattern: RegExp): Promise<void> {
@@ -1323,7 +1323,7 @@ test("lines behind one whose reply fills the outgoing queue are executed in orde
 test("a client that closes its side gets the replies to everything that it sent before, however long", async () => {
   const peer = await withLongList();
   peer.send("LIST", "LIST", "PING last");
-  peer.session.received();
+  peer.session.inbox.end();
   await peer.wait(/PONG chat\.server last\r\n/);
   await until(() => peer.isEnded, () => "the connection is still open", 5_000);
   assert.equal(lines(peer.written, / 323 /).length, 2);
