@@ -2155,9 +2155,7 @@ function welcome({ server, session, reply }: Context, member: Member, realName: 
   server.options.explain?.(`6 the room: ${loop}; there is no thread for ${member.nick}`);
   greet(server, session, reply);
   for (const room of member.rooms) { // a further connection, or one that reconnects
-    const params = session.has("extended-join") ? [room.name, member.nick, member.realName] : [room.name];
-    const time: Tag = ["time", new Date(server.clock.wall()).toISOString()];
-    reply.line(format("JOIN", params, sourceOf(member.nick)), session.has("server-time") ? [time] : []);
+    reply.event(server.happens(room, "JOIN", member.nick, member.realName));
     replyWithRoom(reply, room);
   }
   if (arrives) server.join(member, server.lobby, reply);
