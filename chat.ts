@@ -2828,7 +2828,11 @@ export const CONSOLE: Table<ConsoleCommand> = {
 /** What /bar and /unbar mean by a nick, or by an address or network as they are printed; undefined if it is neither. */
 function keyToBar(who: string): string | undefined {
   if (isNick(who)) return fold(who);
-  const forms = [/^(\d+\.\d+\.\d+\.\d+)(?::\d+)?$/, /^\[([\da-f:.]+)\](?::\d+)?$/i, /^([\da-f:]+)(?:\/64)?$/i];
+  const forms = [
+    /^(?:::ffff:)?(\d+\.\d+\.\d+\.\d+)(?::\d+)?$/i,
+    /^\[(?:::ffff:)?([\da-f:.]+)(?:%\w+)?\](?::\d+)?$/i,
+    /^([\da-f:]+)(?:%\w+)?(?:\/64)?$/i,
+  ];
   const address = forms.map((form) => form.exec(who)?.[1]).find(Boolean) ?? "";
   const url = address.includes(":") ? `http://[${address}]` : `http://${address}`; // which URL writes in one way
   return URL.canParse(url) ? networkOf(new URL(url).hostname.replace(/[[\]]/g, "")) : undefined;

@@ -1136,7 +1136,9 @@ test("/bar takes addresses as they are printed and written, and takes back what 
     "[2001:DB8:0:1::5]:8080": "2001:db8:0:1::/64",
     "2001:0db8:0:1:0::": "2001:db8:0:1::/64",
     "2001:db8:0:1::/64": "2001:db8:0:1::/64",
-    "::ffff:10.0.0.2": undefined,
+    "::ffff:10.0.0.2": "10.0.0.2", // an IPv4 client of a server that listens on IPv6
+    "[::ffff:10.0.0.3]:5000": "10.0.0.3",
+    "fe80::1%eth0": "fe80:0:0:0::/64",
     "10.0.0.0/8": undefined,
     "ten.zero": undefined,
     Bo: "bo",
