@@ -1177,18 +1177,6 @@ const isMessage = ({ kind }: Event) => kind === "PRIVMSG" || kind === "NOTICE" |
 const compare = (event: Event, place: Place) =>
   place.number === undefined ? event.time - place.time : event.number - place.number;
 
-/** How many events at the beginning of a list fulfil a condition that no later one fulfils: a binary search. */
-function countLeading(list: readonly Event[], fulfils: (event: Event) => boolean): number {
-  let [low, high] = [0, list.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    const event = list[middle];
-    if (event && fulfils(event)) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
 /** Estimates the memory that an event takes, in bytes. */
 const sizeOf = ({ text, tags }: Event) =>
   500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
@@ -1199,12 +1187,10 @@ export class Log {
   onEmpty = (): void => {}; // called when its last message has been dropped
   /** Reads at most `limit` messages between two places, both excluded: the first or the last of them. */
   read(end: "first" | "last", limit: number, after?: Place, before?: Place): readonly Event[] {
-    const { messages } = this;
-    const from = after ? countLeading(messages, (event) => compare(event, after) <= 0) : 0;
-    const to = before ? countLeading(messages, (event) => compare(event, before) < 0) : messages.length;
-    return end === "first"
-      ? messages.slice(from, Math.min(to, from + limit))
-      : messages.slice(Math.max(from, to - limit), to);
+    const isBetween = (event: Event) =>
+      (!after || compare(event, after) > 0) && (!before || compare(event, before) < 0);
+    const found = this.messages.filter(isBetween);
+    return end === "first" ? found.slice(0, limit) : found.slice(Math.max(0, found.length - limit));
   }
 }
 
