@@ -133,7 +133,7 @@ export const systemClock: Clock = {
 };
 
 /** A rate limit (GCRA, the generic cell rate algorithm). A rate of 0 means no limit. */
-export class RateLimit {
+class RateLimit {
   readonly #clock: Clock;
   readonly #msPerUnit: number;
   readonly #burstMs: number;
@@ -271,7 +271,6 @@ class Semaphore {
       this.#pass();
     }
   }
-  /** Passes the permit on to the next job. */
   #pass(): void {
     for (const [key, [start, ...more]] of this.#waiting) {
       this.#waiting.delete(key);
@@ -309,7 +308,7 @@ export function networkOf(address: string, prefix = 64): string {
 /** The most that one subscriber usually has: an IPv4 address, or an IPv6 /48. */
 const siteOf = (address: string) => networkOf(address, 48);
 
-export const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
+const isLoopback = (address: string): boolean => /^(::ffff:)?127\.|^::1$/i.test(address);
 
 /** How the program was invoked: every command that is printed for copying begins like that. */
 const CHAT = invocation();
@@ -615,7 +614,7 @@ export async function checkCodeOf(key: crypto.KeyObject): Promise<string> {
 }
 
 /** Whether a pin or a check code may decide about a key. With RSA, keys that look alike are too cheap to make. */
-export const isPinnable = ({ asymmetricKeyType, asymmetricKeyDetails }: crypto.KeyObject): boolean =>
+const isPinnable = ({ asymmetricKeyType, asymmetricKeyDetails }: crypto.KeyObject): boolean =>
   asymmetricKeyType === "ed25519" || asymmetricKeyDetails?.namedCurve === "prime256v1";
 
 /** Encodes whole groups of five bytes in base32 (RFC 4648, in lower case), in groups of four. */
@@ -681,7 +680,7 @@ export function readPem<T>(name: string, text: string | undefined, what: string,
 }
 
 /** Says how a certificate is outside its validity period; undefined if it is valid now. */
-export function outsideValidity({ validFrom, validTo }: crypto.X509Certificate): string | undefined {
+function outsideValidity({ validFrom, validTo }: crypto.X509Certificate): string | undefined {
   const day = (date: string) => new Date(date).toISOString().slice(0, 10);
   if (Date.now() > Date.parse(validTo)) return `expired on ${day(validTo)}`;
   return Date.now() < Date.parse(validFrom) ? `is not valid before ${day(validFrom)}` : undefined;
@@ -964,7 +963,7 @@ const recordOf = (who: string, what: string, wall: number) =>
  * a new password counts when its record has been written.
  */
 export class Accounts<A extends Account> {
-  closed = false; // registration is, except for admitted nicks
+  locked = false; // registration is closed, except for admitted nicks
   readonly barred = new Map<string, "barred" | "forgotten">(); // folded nicks, and networks
   readonly byNick = new Map<string, A>(); // by folded nick
   readonly #admitted = new Map<string, number>(); // folded nicks: until when, by the monotonic clock
@@ -1072,7 +1071,7 @@ export class Accounts<A extends Account> {
     if (!isNick(nick)) return "bad nick";
     if (this.byNick.has(fold(nick)) || this.#registering.has(fold(nick))) return "exists";
     if (this.#isAdmitted(nick)) return undefined;
-    if (this.closed) return "closed";
+    if (this.locked) return "closed";
     return this.barred.get(fold(nick)) ?? (this.byNick.size < LIMITS.accounts ? undefined : "full");
   }
 
@@ -1346,7 +1345,6 @@ class Reply {
     if (label && label.length <= 64 && connection.caps & CAP["labeled-response"]) this.#label = ["label", label];
     if (once && connection.isWelcome) this.#once = [ONCE, once];
   }
-  /** Replies with a line. */
   line(body: string, tags: readonly Tag[] = []): void {
     this.#lines.push({ body, tags });
   }
@@ -1814,7 +1812,7 @@ function isRepeated({ executed }: Member, { tags }: Line): boolean {
 export class Server implements Host {
   readonly options: typeof DEFAULTS;
   readonly clock: Clock;
-  readonly started = new Date();
+  readonly started: Date;
   readonly boot: string; // is another one if this server does not know the accounts of the one before
   readonly accounts: Accounts<Member>;
   readonly history: History;
@@ -1831,6 +1829,7 @@ export class Server implements Host {
     this.options = { ...DEFAULTS, ...options };
     const { clock, rate, perAddress, maxClients, history, room, topic } = this.options;
     this.clock = clock;
+    this.started = new Date(clock.wall());
     this.boot = this.options.journal ? KEPT_BOOT : crypto.randomBytes(6).toString("base64url");
     this.occupancy = new Occupancy(perAddress, Math.max(LIMITS.unauthenticated, maxClients / 2));
     this.#sweptAt = clock.now();
@@ -1840,7 +1839,7 @@ export class Server implements Host {
       return new Member(nick, verifier, new RateLimit(clock, rate, rate * LIMITS.burstSeconds));
     };
     this.accounts = new Accounts(register, perAddress, clock, this.options.journal);
-    this.accounts.closed = this.options.lock;
+    this.accounts.locked = this.options.lock;
     for (const [at, record] of this.options.records.entries()) {
       if (!this.accounts.apply(record)) this.log(`line ${at + 1} of the accounts is none, and is skipped`);
     }
@@ -2025,7 +2024,6 @@ export class Server implements Host {
   happens(room: Room | undefined, kind: Event["kind"], nick: string, text: string, tags: readonly Tag[] = []): Event {
     return this.history.record(room?.log, { kind, nick, target: room?.name ?? "", text, tags });
   }
-  /** A member enters a room. */
   join(member: Member, room: Room, reply: Reply): void {
     room.members.add(member);
     member.rooms.add(room);
@@ -2202,7 +2200,7 @@ function handleCap(context: Context): void | Promise<void> {
     sasl: Object.keys(MECHANISMS).join(),
     [REGISTRATION]: "before-connect",
   };
-  const offered = CAPS.filter((name) => name !== REGISTRATION || !server.accounts.closed);
+  const offered = CAPS.filter((name) => name !== REGISTRATION || !server.accounts.locked);
   const { registration } = session;
   if (registration && /^(LS|REQ|END)$/.test(verb)) registration.negotiating = verb !== "END";
   const knowsValues = Number(argument) >= 302;
@@ -2430,7 +2428,7 @@ function sendPrivately({ server, member, reply }: MemberContext, other: Member, 
 }
 
 /** Reads a message reference, `msgid=…` or `timestamp=…` (IRCv3 draft/chathistory). */
-function readPlace(reference = ""): Place | undefined {
+function readPlace(reference: string): Place | undefined {
   const [, time, number] = /^msgid=(\d{1,15})-(\d{1,15})$/.exec(reference) ?? [];
   if (time && number) return { time: Number(time), number: Number(number) };
   const moment = reference.startsWith("timestamp=") ? Date.parse(reference.slice(10)) : NaN;
@@ -2679,7 +2677,7 @@ Object.assign(
     TIME: {
       least: 0,
       about: "show the time",
-      run: ({ reply }) => reply.numeric("391", SERVER, new Date().toUTCString()),
+      run: ({ server, reply }) => reply.numeric("391", SERVER, new Date(server.clock.wall()).toUTCString()),
     },
     INFO: { least: 0, about: "list these commands", run: handleInfo },
   } satisfies Record<string, Command>,
@@ -2702,7 +2700,9 @@ const row = <Run>(usage: string, about: string, run: Run): Row<Run> => ({ usage,
 
 /** The help for a table: a line for each row. */
 function helpLines(table: Table<unknown>, prefix: string): string[] {
-  return Object.entries(table).map(([name, row]) => `${`${prefix}${name} ${row?.usage}`.padEnd(20)} ${row?.about}`);
+  return Object.entries(table).map(([name, entry]) =>
+    `${`${prefix}${name} ${entry?.usage}`.padEnd(20)} ${entry?.about}`
+  );
 }
 
 /** The Levenshtein distance of two words: how many letters have to be added, removed or replaced. */
@@ -2770,7 +2770,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
         ? [`barred: ${Array.from(barred, ([key, why]) => why === "forgotten" ? `${key} (deleted)` : key).join(", ")}`]
         : [],
       ...admitted.length ? [`admitted: ${admitted.join(", ")}`] : [],
-      ...accounts.closed ? ["registration is closed"] : [],
+      ...accounts.locked ? ["registration is closed"] : [],
     ];
   }),
   kick: row("NICK [REASON]", "disconnect a member", (server, nick, rest) => {
@@ -2826,7 +2826,7 @@ function keyToBar(who: string): string | undefined {
 
 /** Opens or closes registration, and notifies the clients that asked for it (IRCv3 cap-notify). */
 function setRegistration(server: Server, open: boolean): string {
-  server.accounts.closed = !open;
+  server.accounts.locked = !open;
   const change = open ? ["NEW", `${REGISTRATION}=before-connect`] : ["DEL", REGISTRATION];
   for (const session of server.sessions) {
     if (session.has("cap-notify")) session.reply(format("CAP", [session.nick, ...change], SERVER));

@@ -482,7 +482,7 @@ test("an admitted nick can be registered once, within the hour, though registrat
   accounts.decide("Bo", "admitted");
   accounts.clock.tick(chat.LIMITS.admitMs);
   assert.equal(await register("bo"), "forgotten", "an hour has passed");
-  accounts.closed = true;
+  accounts.locked = true;
   accounts.decide("bo", "admitted");
   assert.equal(await register("cy"), "closed");
   assert.equal(await register("bo"), "registered");
