@@ -41,10 +41,10 @@ export const LIMITS = Object.freeze({
   silenceMs: 60_000, // without a byte before login
   loginMs: 300_000, // from connecting to being logged in
   unauthenticated: 500, // connections before login, or half of --max-clients if that is more
-  handshakes: 0.5, // per network and second, for each connection that --per-address allows
+  handshakes: 0.5, // per network (IPv6: /48) and second, for each connection that --per-address allows
   handshakeBurst: 10, // of them at once; further ones wait
   pingMs: 60_000, // of silence before a PING is sent, and then until the connection times out
-  sleepMs: 10_000, // between two sweeps of the server: then the machine was asleep, and nobody times out yet
+  sleepMs: 10_000, // between two sweeps of the server mean that the machine was asleep: nobody times out yet
   graceMs: 15_000, // for which a member whose last connection was lost stays present
   stopMs: 1_500, // to write out the queues when the server stops
   // Rates. A unit is a line, or its equivalent in bytes.
@@ -882,8 +882,10 @@ const SASL_CHUNK = 400; // characters of base64 in one AUTHENTICATE (IRCv3 sasl-
 
 /** Splits a SASL message into the parameters of AUTHENTICATE lines: the last one is shorter than a whole chunk. */
 function saslChunks(message: string): string[] {
-  const chunks = base64(Buffer.from(message)).match(/.{1,400}/g) ?? [];
-  return chunks.at(-1)?.length === SASL_CHUNK || !chunks.length ? [...chunks, "+"] : chunks;
+  const text = base64(Buffer.from(message));
+  const chunks: string[] = [];
+  for (let at = 0; at <= text.length; at += SASL_CHUNK) chunks.push(text.slice(at, at + SASL_CHUNK) || "+");
+  return chunks;
 }
 
 /** Puts a SASL message together again. */
@@ -1047,9 +1049,8 @@ export class Accounts<A extends Account> {
     const isExempt = isLoopback(visitor.address) || this.#isAdmitted(nick);
     const waitMs = isExempt ? 0 : tryCharge(this.#registrations.of(siteOf(visitor.address)));
     if (waitMs) return `Too many new accounts from your address: ${tryAgain(waitMs)}, or ask the operator for /admit`;
-    const keys = typeof secret === "string" ? await this.#hash(secret, visitor) : undefined;
-    const verifier = keys ? verifierOf(keys) : secret;
-    if (typeof verifier === "string") return "gone"; // it disconnected before its turn
+    const verifier = typeof secret === "string" ? await this.#hash(secret, visitor) : secret;
+    if (!verifier) return "gone"; // it disconnected before its turn
     const later = this.#objectionTo(nick); // somebody may have been faster
     if (later) return later;
     this.#registering.add(fold(nick));
@@ -1081,14 +1082,14 @@ export class Accounts<A extends Account> {
     if (!account) return "unknown";
     const charged = this.#chargeAttempt(account, visitor.address);
     if (typeof charged === "string") return charged;
-    const keys = await this.#hash(password, visitor, account.verifier.salt);
-    const isRight = keys && crypto.timingSafeEqual(sha256(keys.clientKey), account.verifier.storedKey);
+    const made = await this.#hash(password, visitor, account.verifier.salt);
+    const isRight = made && crypto.timingSafeEqual(made.storedKey, account.verifier.storedKey);
     return isRight ? this.#succeed(account, visitor.address, charged) : "wrong";
   }
 
   /** Hashes a password when it is the network's turn; undefined if the client has disconnected by then. */
-  #hash(password: string, visitor: Visitor, salt?: Buffer): Promise<Keys | undefined> {
-    const job = async () => visitor.closed ? undefined : await deriveKeys(password, salt);
+  #hash(password: string, visitor: Visitor, salt?: Buffer): Promise<Verifier | undefined> {
+    const job = async () => visitor.closed ? undefined : verifierOf(await deriveKeys(password, salt));
     return this.#hashing.run(networkOf(visitor.address), job);
   }
 
@@ -2728,12 +2729,10 @@ function suggestion(prefix: string, word: string, known: readonly string[]): str
 type ConsoleCommand = (server: Server, nick: string, rest: string) => string | readonly string[];
 
 /** A duration for people. */
-const duration = (seconds: number) =>
-  seconds < 120
-    ? `${seconds} s`
-    : seconds < 7200
-    ? `${Math.floor(seconds / 60)} min`
-    : `${Math.floor(seconds / 3600)} h`;
+function duration(seconds: number): string {
+  if (seconds < 120) return `${seconds} s`;
+  return seconds < 7200 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`;
+}
 
 /** A time of day for people, `HH:MM`. */
 const clockTime = (time: number) => new Date(time).toTimeString().slice(0, 5);
@@ -2756,10 +2755,9 @@ export const CONSOLE: Table<ConsoleCommand> = {
   }),
   rooms: row("", "list the rooms", (server) =>
     Array.from(server.rooms.values(), ({ name, members, log, topic }) => {
-      const about = `${plural(members.size, "person", "people")}, ${
-        plural(log.messages.length, "message", "messages")
-      }`;
-      return `${name}: ${about}${topic ? `; ${topic.text}` : ""}`;
+      const people = plural(members.size, "person", "people");
+      const messages = plural(log.messages.length, "message", "messages");
+      return `${name}: ${people}, ${messages}${topic ? `; ${topic.text}` : ""}`;
     })),
   accounts: row("", "list the accounts, and what is barred or admitted", ({ accounts }) => {
     const { barred, admitted } = accounts;
