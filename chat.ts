@@ -371,9 +371,7 @@ const TEXTUAL = /^(PRIVMSG|NOTICE|QUIT|PART|TOPIC|AWAY|ERROR|301|319|332|353)$/;
  * @example format("PRIVMSG", ["#chat", "good morning"]) // "PRIVMSG #chat :good morning"
  */
 export function format(command: string, params: readonly string[], source = "", tags: readonly Tag[] = []): string {
-  const escape = (value: string) => value.replace(/[; \r\n\\]/g, (char) => `\\${ESCAPES.get(char)}`);
-  let text = tags.length ? `@${tags.map(([name, value]) => value ? `${name}=${escape(value)}` : name).join(";")} ` : "";
-  text += source ? `:${source} ${command}` : command;
+  let text = formatTags(tags) + (source ? `:${source} ${command}` : command);
   for (const [index, param] of params.entries()) {
     const isLast = index === params.length - 1;
     const needsColon = param === "" || param[0] === ":" || param.includes(" ");
@@ -381,6 +379,12 @@ export function format(command: string, params: readonly string[], source = "", 
     text += isLast && (needsColon || isText) ? ` :${param}` : ` ${param}`;
   }
   return text;
+}
+
+/** Formats tags, with the space that follows them. */
+function formatTags(tags: readonly Tag[]): string {
+  const escape = (value: string) => value.replace(/[; \r\n\\]/g, (char) => `\\${ESCAPES.get(char)}`);
+  return tags.length ? `@${tags.map(([name, value]) => value ? `${name}=${escape(value)}` : name).join(";")} ` : "";
 }
 
 /** Folds a name for comparison: CASEMAPPING=ascii. */
@@ -1313,7 +1317,7 @@ const sourceOf = (nick: string) => nick === SERVER ? SERVER : `${nick}!${nick}@c
 
 /** Formats a line as it is sent, its body cut to what fits. */
 const wireLine = (body: string, tags: readonly Tag[] = []) =>
-  `${format(cut(body, LIMITS.bodyBytes - 2), [], "", tags)}\r\n`;
+  `${formatTags(tags)}${cut(body, LIMITS.bodyBytes - 2)}\r\n`;
 
 /** The line of an event, as connections with these capabilities get it. */
 function lineOf({ kind, nick, target, text, ...event }: Event, caps: number): [body: string, tags: Tag[]] {
