@@ -957,7 +957,7 @@ export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslSte
 /** Writes a record of what has changed. @returns whether that was possible */
 export type Journal = (record: string) => Promise<boolean>;
 
-/** What the operator can decide about a nick. One that is admitted may register within the hour, whatever the limits. */
+/** What the operator can decide about a nick. An admitted one may register within the hour, whatever the limits. */
 type Decision = "admitted" | "barred" | "forgotten" | "unbarred";
 
 /** Formats a record of the journal: a nick, a date, and the verifier as text, or what happened to the nick. */
@@ -2474,9 +2474,9 @@ function readHistory(log: Log, verb: string, limit: number, from?: Place, until?
     return isBackward ? log.read("last", limit, until, from) : log.read("first", limit, from, until);
   }
   if (verb !== "AROUND") return undefined;
-  const earlier = log.read("last", Math.floor(limit / 2), undefined, from);
-  const justBefore = from && { time: from.time - 1, ...from.number !== undefined && { number: from.number - 1 } };
-  return [...earlier, ...log.read("first", limit - earlier.length, earlier.at(-1) ?? justBefore)];
+  const earlier = log.read("first", Infinity, undefined, from).length;
+  const start = Math.max(0, earlier - Math.floor(limit / 2));
+  return log.messages.slice(start, start + limit);
 }
 
 /** CHATHISTORY TARGETS: the rooms and people with messages between two times, and the time of the latest. */
