@@ -1828,7 +1828,6 @@ export class Server implements Host {
   readonly #failures: KeyedRateLimit; // in the log, per network
   readonly #longReplies = new Semaphore(1);
   #sweptAt: number;
-  unauthenticated = 0; // sessions that have not been welcomed
   mostPresent = 0; // members at any one time
   constructor(options: ServerOptions = {}) {
     this.options = { ...DEFAULTS, ...options };
@@ -1869,14 +1868,13 @@ export class Server implements Host {
     const session = new Session(this, peer);
     this.sessions.add(session);
     this.occupancy.enter(session);
-    this.unauthenticated++;
     if (this.isFull) session.close("The server is full");
     else if (this.occupancy.isCrowded(address)) session.close("Too many connections from your address");
     else if (this.accounts.barred.has(networkOf(address))) session.close("The operator keeps your address out");
     return session;
   }
   get isFull(): boolean {
-    return this.sessions.size - this.unauthenticated >= this.options.maxClients;
+    return [...this.sessions].filter(({ isWelcome }) => isWelcome).length >= this.options.maxClients;
   }
   /** Runs the command of a line, if the client may use it. */
   execute(session: Session, line: Line, reply: Reply): void | Promise<void> {
@@ -1906,7 +1904,6 @@ export class Server implements Host {
     if (!this.sessions.delete(session)) return;
     const { member, address } = session;
     this.occupancy.leave(session);
-    if (session.registration) this.unauthenticated--;
     if (member) this.log(`${member.nick} left from ${address}: ${reason}`);
     if (!member?.sessions.delete(session) || member.sessions.size > 0) return;
     member.lostAt = this.clock.now();
@@ -1969,7 +1966,6 @@ export class Server implements Host {
     member.realName = realName;
     member.present = true;
     session.registration = undefined;
-    this.unauthenticated--;
     this.occupancy.settle(session);
     this.mostPresent = Math.max(this.mostPresent, this.presentMembers.length);
     return isFirst;
@@ -2182,7 +2178,7 @@ function replyWithCounts(server: Server, reply: Reply): void {
   const [present, most] = [server.presentMembers.length, server.mostPresent];
   reply.numeric("251", `There are ${present} users and 0 invisible on 1 servers`);
   reply.numeric("252", "0", "operator(s) online");
-  reply.numeric("253", String(server.unauthenticated), "unknown connection(s)");
+  reply.numeric("253", String(server.occupancy.guests), "unknown connection(s)");
   reply.numeric("254", String(server.rooms.size), "channels formed");
   reply.numeric("255", `I have ${present} clients and 0 servers`);
   reply.numeric("265", String(present), String(most), `Current local users ${present}, max ${most}`);
@@ -2316,8 +2312,8 @@ async function handleRegister(context: Context): Promise<void> {
 }
 
 /** PASS: the password to log in with. After a login by SCRAM: the verifier of a new password. */
-function handlePass(context: Context): void | Promise<void> {
-  const { session, member, reply, params: [secret = "", ...more] } = context;
+async function handlePass(context: Context): Promise<void> {
+  const { server, session, member, reply, params: [secret = "", ...more] } = context;
   const { registration } = session;
   if (more.length) return reply.numeric("464", COLON_MISSING);
   if (!member) {
@@ -2329,10 +2325,6 @@ function handlePass(context: Context): void | Promise<void> {
   if (verifier === "bad") {
     return reply.server("FAIL", "PASS", "UNACCEPTABLE_PASSWORD", "This looks like a verifier, but is not a valid one");
   }
-  return changePassword(context, member, verifier);
-}
-
-async function changePassword({ server, reply }: Context, member: Member, verifier: Verifier): Promise<void> {
   if (!await server.accounts.change(member, verifier)) {
     return reply.server("FAIL", "PASS", "TEMPORARILY_UNAVAILABLE", REFUSALS.unwritten);
   }
@@ -2938,7 +2930,7 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
   const run = () => {
     const isBusy = performance.now() - dueAt > LIMITS.lateMs;
     for (const check of sockets.values()) check(isBusy);
-    wait(server.unauthenticated ? LIMITS.silentMs : 10 * LIMITS.silentMs);
+    wait(server.occupancy.guests ? LIMITS.silentMs : 10 * LIMITS.silentMs);
   };
   const stop = () => {
     isOver = true;
