@@ -209,7 +209,7 @@ class Occupancy {
   readonly #guests = new Map<string, Set<Occupant>>(); // those that have not logged in, by site; the oldest first
   readonly #networkLimit: number;
   readonly #guestLimit: number;
-  guests = 0;
+  guests = 0; // connections that have not logged in, of all sites
   constructor(networkLimit: number, guestLimit: number) {
     this.#networkLimit = networkLimit;
     this.#guestLimit = guestLimit;
@@ -1960,10 +1960,9 @@ export class Server implements Host {
     if (++session.registration.wrongPasswords >= LIMITS.wrongPasswords) session.close("Too many wrong passwords");
   }
   /** Adds a session that has logged in to its member, who arrives with the first one. @returns whether it arrives */
-  arrive(session: Session, member: Member, realName: string): boolean {
+  arrive(session: Session, member: Member): boolean {
     const isFirst = !member.present;
     member.sessions.add(session);
-    member.realName = realName;
     member.present = true;
     session.registration = undefined;
     this.occupancy.settle(session);
@@ -2102,7 +2101,8 @@ function completeRegistration(context: Context): void | Promise<void> {
     const { barred } = server.accounts; // the operator may have acted since the login
     const isOut = barred.has(fold(member.nick)) || server.accounts.find(member.nick) !== member;
     if (isOut || server.isFull) return session.close(isOut ? REFUSALS.barred : "The server is full");
-    return welcome(context, member, registration.realName);
+    member.realName = registration.realName;
+    return welcome(context, member);
   }
   const { nick, password } = registration;
   if (nick && password) return loginByPass(context, registration);
@@ -2133,9 +2133,9 @@ async function loginByPass(context: Context, registration: Registration): Promis
 }
 
 /** Lets a session in: the greeting, its rooms, and the private messages that it may have missed. */
-function welcome({ server, session, reply }: Context, member: Member, realName: string): void {
+function welcome({ server, session, reply }: Context, member: Member): void {
   const missed = session.has("draft/chathistory") ? [] : server.missedBy(member); // the others can ask for them
-  const arrives = server.arrive(session, member, realName);
+  const arrives = server.arrive(session, member);
   const loop = "one event loop reads, executes and writes the lines of all connections in turn";
   server.options.explain?.(`6 the room: ${loop}; there is no thread for ${member.nick}`);
   greet(server, session, reply);
@@ -2830,7 +2830,8 @@ function setRegistration(server: Server, open: boolean): string {
 
 /** Runs a command that the operator typed, or says to everybody what is none. @returns what to show */
 function runConsoleLine(server: Server, table: Table<ConsoleCommand>, line: string): readonly string[] {
-  const text = line.trim().replace(/^(?!\/)(?=.)/, "/say ");
+  const typed = line.trim();
+  const text = typed === "" || typed.startsWith("/") ? typed : `/say ${typed}`;
   const [, name = "", first = "", rest = ""] = /^\/([^ ]*) *([^ ]*) *(.*)$/s.exec(text) ?? [];
   const found = rowOf(table, name);
   if (!name) return [];
