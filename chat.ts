@@ -957,9 +957,6 @@ export type SaslExchange<A> = (message: string) => SaslStep<A> | Promise<SaslSte
 /** Writes a record of what has changed. @returns whether that was possible */
 export type Journal = (record: string) => Promise<boolean>;
 
-/** What the operator can decide about a nick. An admitted one may register within the hour, whatever the limits. */
-type Decision = "admitted" | "barred" | "forgotten" | "unbarred";
-
 /** Formats a record of the journal: a nick, a date, and the verifier as text, or what happened to the nick. */
 const recordOf = (who: string, what: string, wall: number) =>
   `${who} ${new Date(wall).toISOString().replace(/\.\d+/, "")} ${what}`;
@@ -972,7 +969,7 @@ export class Accounts<A extends Account> {
   locked = false; // registration is closed, except for admitted nicks
   readonly barred = new Map<string, "barred" | "forgotten">(); // folded nicks, and networks
   readonly byNick = new Map<string, A>(); // by folded nick
-  readonly #admitted = new Map<string, number>(); // folded nicks: until when, by the monotonic clock
+  readonly #admitted = new Map<string, number>(); // folded nicks that may register, whatever the limits; until when
   readonly #registering = new Set<string>(); // folded nicks whose records are being written
   readonly #clock: Clock;
   readonly #journal: Journal | undefined;
@@ -1034,7 +1031,7 @@ export class Accounts<A extends Account> {
     return isWritten;
   }
   /** Does and writes down what the operator has decided about a nick, or about a network to be barred. */
-  decide(who: string, what: Decision): void {
+  decide(who: string, what: "admitted" | "barred" | "forgotten" | "unbarred"): void {
     void this.#write(who, what);
     this.apply(recordOf(who, what, this.#clock.wall()));
   }
