@@ -35,7 +35,6 @@ export const LIMITS = Object.freeze({
   room: 50, // bytes of a room's name
   topic: 300, // bytes of a topic
   text: 200, // bytes of a real name, an away message or a reason
-  password: 300, // characters of a password
   // Connections
   handshakeMs: 60_000, // for the TLS handshake: a person may be reading the certificate
   silenceMs: 60_000, // without a byte before login
@@ -1008,7 +1007,8 @@ export class Accounts<A extends Account> {
     const [who = "", date = "", what = "", ...more] = record.trim().split(" ");
     const [key, verifier] = [fold(who), readVerifier(what)];
     const ageMs = this.#clock.wall() - Date.parse(date);
-    if (isNaN(ageMs) || more.length || (!isNick(who) && networkOf(who) !== who && !who.endsWith("::/64"))) return false;
+    const isNetwork = /^[\d.]+$|^[\da-f:]+::\/64$/.test(who); // as networkOf writes it
+    if (isNaN(ageMs) || more.length || (!isNick(who) && !isNetwork)) return false;
     if (typeof verifier === "object" && isNick(who)) this.#keep(who, verifier);
     else if (what === "forgotten") {
       this.byNick.delete(key);
@@ -2292,7 +2292,7 @@ async function handleRegister(context: Context): Promise<void> {
   if (email !== "*") return fail("UNACCEPTABLE_EMAIL", "No e-mail address is kept here: send *");
   if (more.length) return fail("UNACCEPTABLE_PASSWORD", COLON_MISSING);
   const verifier = readVerifier(secret);
-  if (verifier === "bad" || !secret || secret.length > LIMITS.password) {
+  if (verifier === "bad" || !secret) {
     return fail("UNACCEPTABLE_PASSWORD", "This is neither a password nor a verifier as all are here");
   }
   const result = await server.accounts.register(nick, verifier ?? secret, session);

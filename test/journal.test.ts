@@ -97,12 +97,15 @@ test("lines that are no account are named and skipped, and a line that was cut o
     "# a class",
     `ana 2026-11-25T20:31:00Z ${good}`,
     "nonsense",
+    "foo! 2026-11-25T20:31:00Z barred",
     `bo 2026-11-25T20:31:00Z ${good.slice(0, -9)}`,
   ];
   const kept = new Kept(t, `${lines.join("\n")}\ncy 2026-11-25T20:31:00Z ${good.slice(0, 40)}`);
   const first = await kept.serve();
   assert.match(first.err.all, /chat: the last line of the accounts was cut off, and is lost\n/);
-  assert.match(first.err.all, / line 3 of the accounts is none, and is skipped\n[^]* line 4 of the accounts is none/);
+  for (const at of [3, 4, 5]) {
+    assert.ok(first.err.all.includes(` line ${at} of the accounts is none, and is skipped\n`));
+  }
   await enter(t, first.port, "ana");
   await enter(t, first.port, "dan");
   await first.kill();
