@@ -929,6 +929,7 @@ export type Refusal = keyof typeof REFUSALS | `Too many ${string}`;
 
 const REFUSALS = {
   "wrong": "Wrong password",
+  "relayed": "The certificate that the client saw is not this server's: somebody sits in between",
   "unknown": "No account of that name",
   "exists": "That nick has an account already",
   "bad nick": `A nick has 1 to ${LIMITS.nick} letters, digits or any of []\\\`_^{|}- and begins with no digit or -`,
@@ -1077,10 +1078,15 @@ export class Accounts<A extends Account> {
     return this.barred.get(fold(nick)) ?? (this.byNick.size < LIMITS.accounts ? undefined : "full");
   }
 
+  /** Why nobody can log in to an account that does not exist: it can be registered, or the reason why it cannot. */
+  #refusalOfUnknown(nick: string): Refusal {
+    return this.#objectionTo(nick) ?? "unknown";
+  }
+
   /** Checks a password. */
   async login(nick: string, password: string, visitor: Visitor): Promise<A | Refusal> {
     const account = this.find(nick);
-    if (!account) return "unknown";
+    if (!account) return this.#refusalOfUnknown(nick);
     const charged = this.#chargeAttempt(account, visitor.address);
     if (typeof charged === "string") return charged;
     const made = await this.#hash(password, visitor, account.verifier.salt);
@@ -1108,14 +1114,19 @@ export class Accounts<A extends Account> {
   scram({ address }: Visitor, binding: Buffer): SaslExchange<A> {
     let account: A | undefined;
     let proved: readonly RateLimit[] | undefined; // what the proof was charged to, once it has been given
-    const scram = scramServer((name) => (account = this.find(name))?.verifier, binding);
+    let nick = "";
+    const scram = scramServer((name) => (account = this.find(nick = name))?.verifier, binding);
+    const refusals: Partial<Record<string, () => Refusal>> = {
+      "e=unknown-user": () => this.#refusalOfUnknown(nick),
+      "e=channel-bindings-dont-match": () => "relayed",
+    };
     scram.next();
     return (message) => {
       if (account && proved) return { account: this.#succeed(account, address, proved) };
       const charged = account && this.#chargeAttempt(account, address);
       if (typeof charged === "string") return { refusal: charged };
       const { value } = scram.next(message);
-      if (value.startsWith("e=")) return { refusal: value === "e=unknown-user" ? "unknown" : "wrong", last: value };
+      if (value.startsWith("e=")) return { refusal: refusals[value]?.() ?? "wrong", last: value };
       proved = charged;
       return { challenge: value };
     };
@@ -1842,7 +1853,7 @@ export class Server implements Host {
     this.accounts = new Accounts(register, perAddress, clock, this.options.journal);
     this.accounts.locked = this.options.lock;
     for (const [at, record] of this.options.records.entries()) {
-      if (!this.accounts.apply(record)) this.log(`line ${at + 1} of the accounts is none, and is skipped`);
+      if (!this.accounts.apply(record)) this.log(`line ${at + 1} of the accounts is not an account, and is skipped`);
     }
     this.history = new History(history, clock);
     this.lobby = this.openRoom(room);
@@ -2298,6 +2309,7 @@ async function handleRegister(context: Context): Promise<void> {
   const result = await server.accounts.register(nick, verifier ?? secret, session);
   if (session.closed) return;
   if (typeof result === "string") {
+    server.refuse(session, nick, result);
     const codes: Partial<Record<Refusal, string>> = { "exists": "ACCOUNT_EXISTS", "bad nick": "BAD_ACCOUNT_NAME" };
     return fail(codes[result] ?? "TEMPORARILY_UNAVAILABLE", reasonOf(result));
   }
@@ -2731,16 +2743,14 @@ function duration(seconds: number): string {
 const clockTime = (time: number) => new Date(time).toTimeString().slice(0, 5);
 
 export const CONSOLE: Table<ConsoleCommand> = {
-  who: row(
-    "",
-    "who is here, from where, since when, idle for how long",
-    (server) =>
-      server.presentMembers.map((member) => {
-        const from = Array.from(member.sessions, ({ address, since }) => `${address} since ${clockTime(since)}`);
-        const where = from.join(", ") || "connection lost";
-        return `${member.nick.padEnd(LIMITS.nick)} ${where}, idle ${duration(idleSeconds(server, member))}`;
-      }),
-  ),
+  who: row("", "who is here, from where, since when, idle for how long", (server) => {
+    const lines = server.presentMembers.map((member) => {
+      const from = Array.from(member.sessions, ({ address, since }) => `${address} since ${clockTime(since)}`);
+      const where = from.join(", ") || "connection lost";
+      return `${member.nick.padEnd(LIMITS.nick)} ${where}, idle ${duration(idleSeconds(server, member))}`;
+    });
+    return lines.length ? lines : "nobody is here";
+  }),
   say: row("TEXT", "say something to everybody; so does a line without a slash", (server, first, rest) => {
     const text = `${first} ${rest}`.trim();
     deliver(server.happens(server.lobby, "NOTICE", SERVER, text), server.presentMembers);
@@ -2756,7 +2766,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
     const { barred, admitted } = accounts;
     const nicks = Array.from(accounts.byNick.values(), ({ nick, present }) => present ? `${nick} (here)` : nick);
     return [
-      `${plural(nicks.length, "account", "accounts")}: ${nicks.join(", ")}`,
+      `${plural(nicks.length, "account", "accounts")}${nicks.length ? ": " : ""}${nicks.join(", ")}`,
       ...barred.size
         ? [`barred: ${Array.from(barred, ([key, why]) => why === "forgotten" ? `${key} (deleted)` : key).join(", ")}`]
         : [],
@@ -2768,7 +2778,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
     const member = server.accounts.find(nick);
     if (!member) return `no account ${nick}`;
     server.kick(member, rest ? `Kicked: ${rest}` : "Kicked by the operator");
-    return `${member.nick} is disconnected, and can come back; /bar ${member.nick} keeps an account out`;
+    return `${member.nick} is disconnected, and can come back; /bar ${member.nick} keeps ${member.nick} out`;
   }),
   bar: row("NICK|ADDRESS", "keep an account, or everybody at an address, out", (server, who) => {
     const key = keyToBar(who);
@@ -2793,7 +2803,7 @@ export const CONSOLE: Table<ConsoleCommand> = {
     if (!isNick(nick)) return REFUSALS["bad nick"];
     if (server.accounts.find(nick)) return `${nick} has an account already; /unbar lets it in if it is barred`;
     server.accounts.decide(nick, "admitted");
-    return `${nick} can register within the hour: whoever comes first; the log will say from where`;
+    return `whoever comes first within the hour can register ${nick}; the log will say from which address`;
   }),
   forget: row("NICK", "delete an account", (server, nick) => {
     const member = server.accounts.find(nick);
@@ -2834,7 +2844,10 @@ function runConsoleLine(server: Server, table: Table<ConsoleCommand>, line: stri
   if (!name) return [];
   if (name === "help") return helpLines(table, "/");
   if (!found) return [`there is no /${name}${suggestion("/", name, [...Object.keys(table), "help"])}`];
-  if (found.usage && !first) return [`/${name} ${found.usage}: ${found.about}`];
+  const isText = /TEXT|REASON/.test(found.usage); // of any number of words
+  if (Boolean(found.usage) !== Boolean(first) || rest && !isText) {
+    return [`${`/${name} ${found.usage}`.trim()}: ${found.about}`];
+  }
   return [found.run(server, first, rest)].flat();
 }
 

@@ -104,7 +104,7 @@ test("lines that are no account are named and skipped, and a line that was cut o
   const first = await kept.serve();
   assert.match(first.err.all, /chat: the last line of the accounts was cut off, and is lost\n/);
   for (const at of [3, 4, 5]) {
-    assert.ok(first.err.all.includes(` line ${at} of the accounts is none, and is skipped\n`));
+    assert.ok(first.err.all.includes(` line ${at} of the accounts is not an account, and is skipped\n`));
   }
   await enter(t, first.port, "ana");
   await enter(t, first.port, "dan");
@@ -129,7 +129,7 @@ test("what the operator decides is in the journal, and commands come on standard
   });
   child.stdin.write(input);
   await err.wait(
-    /chat: 0 accounts: \nchat: barred: ana \(deleted\)\nchat: admitted: cy\nchat: commands begin with a slash\n/,
+    /chat: 0 accounts\nchat: barred: ana \(deleted\)\nchat: admitted: cy\nchat: commands begin with a slash\n/,
   );
   const records = "ana \\S+Z forgotten\nbo \\S+Z barred\nbo \\S+Z unbarred\ncy \\S+Z admitted\n";
   await out.wait(new RegExp(`^${records}$`));
