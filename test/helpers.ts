@@ -295,6 +295,14 @@ export async function connect(port: number, options: tls.ConnectionOptions = {})
   return socket;
 }
 
+/** The SHA-256 of a server's key, as irssi takes it. */
+export async function keyHash(port: number): Promise<string> {
+  const socket = await connect(port);
+  const der = socket.getPeerX509Certificate()?.publicKey.export({ type: "spki", format: "der" }) ?? "";
+  socket.destroy();
+  return crypto.createHash("sha256").update(der).digest("hex").replace(/..(?=.)/g, "$&:").toUpperCase();
+}
+
 /** Connects to a server by TLS, for a test that sends its lines by hand. */
 export async function dial(test: Scope, port: number, options: tls.ConnectionOptions = {}): Promise<Irc> {
   return new Irc(test, await connect(port, options));

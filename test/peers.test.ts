@@ -13,11 +13,11 @@ import { promisify } from "node:util";
 import { selfSigned } from "../chat.ts";
 import {
   BINARY,
-  connect,
   enter,
   freePort,
   type Irc,
   joinProcess,
+  keyHash,
   ROOT,
   Running,
   type Served,
@@ -95,14 +95,6 @@ async function converse(
   await bo.wait(new RegExp(`:${nick}!${nick}@chat QUIT :Quit: that was it\r\n`));
   await ana.wait(new RegExp(`-- \\d\\d:\\d\\d #chat: ${nick} left`));
   assert.doesNotMatch(server.err.all, /error/);
-}
-
-/** The SHA-256 of a server's key, as irssi takes it. */
-async function keyHash(port: number): Promise<string> {
-  const socket = await connect(port);
-  const der = socket.getPeerX509Certificate()?.publicKey.export({ type: "spki", format: "der" }) ?? "";
-  socket.destroy();
-  return crypto.createHash("sha256").update(der).digest("hex").replace(/..(?=.)/g, "$&:").toUpperCase();
 }
 
 /** irssi takes fast typing for a paste and asks for a confirmation, unless this setting is made. */

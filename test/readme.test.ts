@@ -9,6 +9,7 @@ import {
   environment,
   freePort,
   type Irc,
+  keyHash,
   ROOT,
   Running,
   RUNTIMES,
@@ -132,6 +133,12 @@ const RUNS: Readonly<Record<string, (t: TestContext, block: string) => Promise<u
     const place = new Place(t);
     await serves(t, command, place);
     assert.match(place.file("accounts.txt"), /^bo /);
+  },
+  "openssl s_client": async (t, block) => {
+    const { place, port } = await room(t);
+    const hash = place.run(block, port);
+    assert.equal(await hash.ended, 0);
+    assert.ok(hash.out.all.includes(await keyHash(port)), hash.out.all);
   },
   "node chat.ts": async (t, block) => {
     const commands = block.split("\n");
