@@ -2975,10 +2975,8 @@ type Check = (isBusy: boolean) => void;
 /** Checks the silent bytes of all connections: often while there are some that have not logged in. */
 function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>): { hurry(): void; stop(): void } {
   let timer: NodeJS.Timeout | undefined;
-  let dueAt = 0;
-  let isOver = false;
+  let dueAt = Infinity;
   const wait = (ms: number) => {
-    if (isOver) return;
     clearTimeout(timer);
     dueAt = performance.now() + ms;
     timer = setTimeout(run, ms);
@@ -2988,14 +2986,10 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
     for (const check of sockets.values()) check(isBusy);
     wait(server.unauthenticated ? LIMITS.silentMs : 10 * LIMITS.silentMs);
   };
-  const stop = () => {
-    isOver = true;
-    clearTimeout(timer);
-  };
   const hurry = () => { // but never later than it is due
-    if (!timer || dueAt - performance.now() > LIMITS.silentMs) wait(LIMITS.silentMs);
+    if (dueAt - performance.now() > LIMITS.silentMs) wait(LIMITS.silentMs);
   };
-  return { hurry, stop };
+  return { hurry, stop: () => clearTimeout(timer) };
 }
 
 /** A TCP connection. */
@@ -3019,21 +3013,17 @@ function takeIn(listener: tls.Server, server: Server, arrivals: Map<string, Arri
     server.occupancy.enter(arrival);
     const pace = paces.of(siteOf(address));
     pace.charge(1);
-    let cancel = () => {};
+    let cancelWait: (() => void) | undefined; // while it waits
     const start = () => {
-      cancel = () => {};
+      cancelWait = undefined;
       startTls?.call(listener, socket);
     };
-    if (pace.throttleMs > 0) {
-      const cancelTimer = clock.after(pace.throttleMs, start);
-      cancel = () => {
-        cancelTimer();
-        pace.refund(1);
-      };
-    } else start();
+    if (pace.throttleMs > 0) cancelWait = clock.after(pace.throttleMs, start);
+    else start();
     socket.on("error", () => {}); // it may be lost before TLS looks after it
     socket.on("close", () => {
-      cancel();
+      if (cancelWait) pace.refund(1);
+      cancelWait?.();
       server.occupancy.leave(arrival);
       if (arrivals.get(end) === arrival) arrivals.delete(end); // else another one has the same port by now
     });
@@ -3878,11 +3868,10 @@ class Link {
   readonly certificate: crypto.X509Certificate | undefined;
   trust = ""; // why the server is trusted; empty while it is not
   ended = ""; // why the connection has ended; empty while it has not
-  isDismissed = false; // the operator has ended it: reconnecting would be wrong
-  welcomedAt = 0; // by the monotonic clock; 0 before the welcome
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
   explain: ((kind: string, text: string) => void) | undefined;
+  #dismissal: Fault | undefined; // the operator has ended it
   readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
   #unread = 0; // characters in them
   #wake: () => void = () => {};
@@ -3906,7 +3895,7 @@ class Link {
     const line = { ...rest, tags: tags.size ? new Map([...tags].filter(([name]) => KNOWN_TAGS.has(name))) : NO_TAGS };
     if (line.command === "PING") return this.send("PONG", line.params);
     if (line.command === "ERROR") {
-      this.isDismissed = DISMISSAL.test(line.params.at(-1) ?? "");
+      this.#dismissal = dismissalOf(wordsOf(line));
       return this.end(wordsOf(line));
     }
     this.#unread = (this.#lines.push(line) === 1 ? 0 : this.#unread) + text.length;
@@ -3933,22 +3922,14 @@ class Link {
     const tags = text === line ? "" : "@… "; // left out, but counted
     this.explain?.(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
   }
-  /** Drops lines until one has this command, and returns it. @throws {Lost} once the connection has ended */
+  /** Drops lines until one has this command, and returns it. @throws {Fault} once the connection has ended */
   async next(command = /^/): Promise<Line> {
     for (;;) {
       const line = this.#lines.shift();
       if (line && command.test(line.command)) return line;
-      if (!line && this.isDismissed) {
-        {
-          const isKick = this.ended.startsWith("kicked");
-          throw new Fault(
-            this.ended.replace(/^kicked/, "you were kicked"),
-            isKick ? "you can join again" : "ask the operator",
-          );
-        }
-      }
-      if (!line && this.ended) throw new Lost(this.ended);
-      if (!line) await new Promise<void>((wake) => this.#wake = wake);
+      if (line) continue;
+      if (this.ended) throw this.#dismissal ?? new Lost(this.ended);
+      await new Promise<void>((wake) => this.#wake = wake);
     }
   }
   /** Describes the connection. */
@@ -3961,8 +3942,11 @@ class Link {
 const wordsOf = ({ params }: Line) =>
   clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]*:? )/, (first) => first.toLowerCase());
 
-/** What an operator's command ends a connection with. */
-const DISMISSAL = /^(Kicked|The operator|The account was deleted)/;
+/** The Fault of a connection that an operator's command has ended: reconnecting would be wrong. */
+function dismissalOf(why: string): Fault | undefined {
+  if (why.startsWith("kicked")) return new Fault(`you were ${why}`, "you can join again");
+  return /^the (operator|account was deleted)/.test(why) ? new Fault(why, "ask the operator") : undefined;
+}
 
 /** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
 const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
@@ -4060,7 +4044,6 @@ class Login {
       this.isReturning = true;
       this.hasAsked = false;
       this.#explain("6 the room: each line is text in a TLS record; lines that are written at once share one");
-      link.welcomedAt = this.#options.clock.now();
     } finally {
       this.#cancelDeadline();
     }
@@ -4285,7 +4268,7 @@ class Login {
 type Phase =
   | { readonly is: "connecting" }
   | { readonly is: "logging in"; readonly link: Link }
-  | { readonly is: "online"; readonly link: Link }
+  | { readonly is: "online"; readonly link: Link; readonly since: number } // by the monotonic clock
   | { readonly is: "waiting"; readonly retry: () => void }
   | { readonly is: "leaving"; readonly link: Link } // QUIT was sent
   | { readonly is: "left" };
@@ -4359,8 +4342,8 @@ class Connection {
         link = await connect(this.#options);
         await this.#use(link);
       } catch (error) {
-        link?.end(error instanceof Error ? error.message : "an error");
-        if (!this.isOver) await this.#recover(error, link);
+        link?.end("given up");
+        if (!this.isOver) await this.#recover(error);
       }
     }
   }
@@ -4371,18 +4354,19 @@ class Connection {
     const { isReturning } = this.#login;
     await this.#login.run(link);
     if (this.isOver) return link.end("left");
-    this.#phase = { is: "online", link };
+    this.#phase = { is: "online", link, since: this.#options.clock.now() };
     this.#events.onWelcome(link, isReturning);
     for (;;) this.#events.onLine(await link.next());
   }
   /** Waits until it is time to connect again. @throws {Fault} if that would not help */
-  async #recover(error: unknown, link: Link | undefined): Promise<void> {
-    const wasAsking = this.#login.hasAsked && Boolean(link?.ended); // the server did not wait for the person's answer
+  async #recover(error: unknown): Promise<void> {
+    const wasAsking = this.#login.hasAsked; // the server did not wait for the person's answer
     this.#login.hasAsked = false;
     if (!(error instanceof Lost) || !(this.#login.isReturning || wasAsking)) throw error;
+    const phase = this.#phase;
     this.#phase = { is: "connecting" };
-    if (link?.welcomedAt) {
-      if (this.#options.clock.now() - link.welcomedAt >= LIMITS.steadyMs) this.#tries = 0;
+    if (phase.is === "online") {
+      if (this.#options.clock.now() - phase.since >= LIMITS.steadyMs) this.#tries = 0;
       this.#events.onLost(error.message);
     }
     if (!wasAsking) await this.#waitToRetry();
