@@ -3367,6 +3367,7 @@ interface Message {
   readonly isOld: boolean; // from the history
   readonly isElsewhere: boolean; // in another room than the one that is talked in
   readonly isForMe: boolean; // private, or it names me
+  readonly rings: boolean; // the bell
 }
 
 /** How lines were entered: as text, which is never a command, typed, or pasted, which may be one after a question. */
@@ -3377,10 +3378,10 @@ export interface UiEvents {
   onLines(lines: readonly string[], how: Input): void;
   onEnd(): void; // there is no more input
   onLeave(key: "Ctrl-C" | "Ctrl-D"): void; // pressed when nothing was typed or asked
-  onSwitch(number: number): void; // Alt-1 … 9
+  onSwitch?(number: number): void; // Alt-1 … 9
   onGone(): void; // the terminal has gone, or nobody reads the output any more
-  onTab(before: string): readonly string[]; // what could stand in place of the text before the cursor
-  onTyped(line: string): string | undefined; // what is to stand in place of the line
+  onTab?(before: string): readonly string[]; // what could stand in place of the text before the cursor
+  onTyped?(line: string): string | undefined; // what is to stand in place of the line
 }
 
 export interface Ui {
@@ -3397,7 +3398,6 @@ export interface Ui {
   aside(text: Clean): void;
   /** Shows that something else begins: another room, the history. */
   rule(title: Clean): void;
-  bell(): void;
   /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
   ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
   setPrompt(prompt: Clean): void;
@@ -3420,11 +3420,11 @@ abstract class PersonalUi implements Ui {
   protected readonly editor: readline.Interface;
   protected question: { readonly text: Clean; readonly hidden: boolean } | undefined;
   protected closed = false;
+  protected events: UiEvents | undefined;
   readonly #closeEditor: () => void; // readline calls its own `close` at Ctrl-D, which ends nothing here
   #isGone = false; // the terminal
   #answer: ((text: string | undefined) => void) | undefined;
   #asked: Promise<string | undefined> | undefined; // one question at a time
-  #events: UiEvents | undefined;
   #accepts = false;
   #early: { readonly lines: readonly string[]; readonly how: Input }[] = []; // entered before lines were accepted
   #hasHidden = false; // an answer, so that one of those lines may be a password
@@ -3447,13 +3447,15 @@ abstract class PersonalUi implements Ui {
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
     process.stdin.on("keypress", (_, key?: Key) => {
-      if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.#events?.onSwitch(Number(key.name));
+      if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
       this.#typed();
     });
-    editor.on("SIGCONT", () => editor.resume()); // it has paused, and relies on a prompt of its own to go on
     takePastes(process.stdin, (text) => this.#paste(text));
     this.#markPastes(true);
-    editor.on("SIGCONT", () => this.#markPastes(true));
+    editor.on("SIGCONT", () => {
+      editor.resume(); // it has paused, and relies on a prompt of its own to go on
+      this.#markPastes(true);
+    });
   }
   /** Has the terminal put marks around pastes, or no longer. */
   #markPastes(on: boolean): void {
@@ -3471,14 +3473,14 @@ abstract class PersonalUi implements Ui {
   protected answered(_shown: string): void {}
 
   listen(events: UiEvents): void {
-    this.#events = events;
+    this.events = events;
   }
   acceptLines(): void {
     if (this.#accepts) return;
     this.#accepts = true;
     const early = this.#early.splice(0);
     if (early.length && this.#hasHidden) return this.note(clean("what you typed before you were in is not sent"));
-    for (const { lines, how } of early) this.#events?.onLines(lines, how);
+    for (const { lines, how } of early) this.events?.onLines(lines, how);
   }
   /** The nick is followed by where it was said, if that is elsewhere: `bo>ana` or `bo#lab`, as no nick looks. */
   message({ time, nick, target, text, ...message }: Message): void {
@@ -3489,6 +3491,7 @@ abstract class PersonalUi implements Ui {
     const style = message.isOld ? DIM : message.isForMe ? BOLD : undefined;
     const head = `${this.paint(DIM, clockTime(time))} ${message.isAction ? "* " : ""}${name}${place}${padding} `;
     this.show(head, text, style);
+    if (message.rings) write(process.stdout, "\x07");
   }
   note(text: Clean): void {
     this.show(this.paint(DIM, "-- "), text, DIM);
@@ -3502,9 +3505,6 @@ abstract class PersonalUi implements Ui {
   }
   rule(title: Clean): void {
     this.show(this.paint(DIM, "── "), clean(`${title} ──`), DIM);
-  }
-  bell(): void {
-    write(process.stdout, "\x07");
   }
   setPrompt(_prompt: Clean): void {}
   holdInput(_hold: boolean): void {}
@@ -3544,11 +3544,8 @@ abstract class PersonalUi implements Ui {
   protected paint(code: number | string | undefined, text: string): string {
     return this.colours && code && text ? `\x1b[${code}m${text}\x1b[0m` : text;
   }
-  protected complete(before: string): readonly string[] {
-    return this.#events?.onTab(before) ?? [];
-  }
   #typed(): void {
-    const line = this.question ? undefined : this.#events?.onTyped(this.editor.line);
+    const line = this.question ? undefined : this.events?.onTyped?.(this.editor.line);
     if (line !== undefined) this.replaceLine(line);
   }
   protected replaceLine(line: string): void {
@@ -3559,8 +3556,8 @@ abstract class PersonalUi implements Ui {
     Object.assign(this.editor, { line: text, cursor });
     this.redraw();
   }
-  protected enter(lines: readonly string[], how: Input): void {
-    if (this.#accepts) this.#events?.onLines(lines, how);
+  #enter(lines: readonly string[], how: Input): void {
+    if (this.#accepts) this.events?.onLines(lines, how);
     else this.#early.push({ lines, how });
   }
   /**
@@ -3578,13 +3575,13 @@ abstract class PersonalUi implements Ui {
     const lines = (before + text).split("\n");
     const last = lines.pop() ?? "";
     this.edit(last + after, last.length);
-    this.enter(lines, "pasted");
+    this.#enter(lines, "pasted");
   }
   #entered(line: string): void {
     const answer = this.#answer;
     this.#answer = undefined;
     if (answer) answer(line);
-    else this.enter([line], "typed");
+    else this.#enter([line], "typed");
   }
   /** Cancels the question, or clears the line; where there is neither, the person leaves. */
   protected interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
@@ -3593,11 +3590,11 @@ abstract class PersonalUi implements Ui {
     if (answer) return answer(undefined);
     const { line } = this.editor;
     this.edit("");
-    if (!line) this.#events?.onLeave(key);
+    if (!line) this.events?.onLeave(key);
   }
   #gone(): void {
     this.#answer?.(undefined);
-    if (!this.closed) this.#events?.onGone();
+    if (!this.closed) this.events?.onGone();
   }
 }
 
@@ -3675,7 +3672,6 @@ class PipeUi implements Ui {
   }
   aside(): void {}
   rule(): void {}
-  bell(): void {}
   ask(): Promise<undefined> {
     return Promise.resolve(undefined);
   }
@@ -3767,7 +3763,8 @@ class TerminalUi extends PersonalUi {
   #complete(): void {
     const { line, cursor } = this.editor;
     const before = line.slice(0, cursor).replace(this.question ? /\t/g : "", "");
-    const { options, next } = this.#completion ?? { options: this.question ? [] : this.complete(before), next: 0 };
+    const { options, next } = this.#completion ??
+      { options: this.question ? [] : this.events?.onTab?.(before) ?? [], next: 0 };
     this.#completion = { options, next: (next + 1) % options.length };
     const completed = options[next] ?? before;
     this.edit(completed + line.slice(cursor), completed.length);
@@ -4479,19 +4476,18 @@ class Transcript {
     if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && !isAction)) return;
     const text = clean(isAction ? raw.slice(8).replace("\x01", "") : raw);
     if (!source.includes("!")) return void this.note(`${nick}: ${text}`);
+    const isOld = how !== "new";
     this.#showPresence();
-    this.#showDay(time, how !== "new");
+    this.#showDay(time, isOld);
     const me = this.#me.nick;
     const isOwn = fold(nick) === fold(me);
-    const isOld = how !== "new";
     const isPrivate = room === undefined;
     if (isPrivate && !isOwn) this.correspondent = nick;
     const isNamed = new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text);
     const isForMe = !isOwn && !isOld && (isPrivate || isNamed);
     const isElsewhere = !isPrivate && room !== current;
-    const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe };
+    const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe, rings: isForMe && this.rings };
     this.#ui.message({ time, nick, target: clean(target), text, ...kind });
-    if (isForMe && this.rings) this.#ui.bell();
     return isOwn || isOld ? undefined : room?.name ?? nick;
   }
   /** Notes that a message is shown. @returns whether it was shown before */
@@ -4627,11 +4623,9 @@ class Conversations {
     this.#asked.clear();
     for (const room of this.rooms.values()) room.state = "absent";
   }
-  /** The client is online. After a reconnect it asks in which private talks something was said meanwhile. */
-  connected(isReturning: boolean): void {
-    if (isReturning) {
-      this.#request("TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`);
-    }
+  /** Asks in which private talks something was said while the client was not connected. */
+  catchUp(): void {
+    this.#request(["TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`]);
   }
   /** The client has joined a room. A cursor at the present keeps what was said before from being loaded. */
   joined(name: string, time: number, wantsHistory: boolean): void {
@@ -4646,10 +4640,10 @@ class Conversations {
     if (room.cursor) {
       room.state = "page after cursor";
       const since = new Date(room.cursor.time - 1).toISOString(); // with the last message, to notice a gap
-      this.#request("AFTER", name, `timestamp=${since}`);
+      this.#request(["AFTER", name, `timestamp=${since}`]);
     } else if (wantsHistory) {
       room.state = "latest page";
-      this.#request("LATEST", name, "*");
+      this.#request(["LATEST", name, "*"]);
     } else {
       room.cursor = { id: "", time };
       room.state = "live";
@@ -4711,10 +4705,7 @@ class Conversations {
     if (isEnd && batch?.id === id) this.#pageCame(batch.target, batch.lines);
     return true;
   }
-  #request(...params: readonly string[]): void {
-    this.#send(params, this.#pageSize);
-  }
-  #send(params: readonly string[], limit: number): void {
+  #request(params: readonly string[], limit = this.#pageSize): void {
     this.#requests++;
     this.#sendRequest([...params, String(limit)]);
   }
@@ -4723,7 +4714,7 @@ class Conversations {
     if (this.find(target)?.isLoading || this.#asked.has(fold(target))) return false;
     const oldest = this.oldest.get(fold(target));
     this.#asked.set(fold(target), limit);
-    this.#send(oldest ? ["BEFORE", target, `msgid=${oldest}`] : ["LATEST", target, "*"], limit);
+    this.#request(oldest ? ["BEFORE", target, `msgid=${oldest}`] : ["LATEST", target, "*"], limit);
     return true;
   }
   /** Since when private messages may have been missed. Those of that very millisecond come once more. */
@@ -4735,7 +4726,7 @@ class Conversations {
     this.#requests = Math.max(0, this.#requests - 1);
     if (!target) {
       const nicks = lines.map(({ params: [, name = ""] }) => name).filter((name) => !name.startsWith("#"));
-      for (const nick of nicks) this.#request("AFTER", nick, this.#since);
+      for (const nick of nicks) this.#request(["AFTER", nick, this.#since]);
       return;
     }
     const room = this.find(target);
@@ -4756,7 +4747,7 @@ class Conversations {
     const last = lines.at(-1)?.tags.get("msgid");
     if (!isLatest && lines.length >= this.#pageSize && last) {
       if (room) room.state = "next page";
-      return this.#request("AFTER", target, `msgid=${last}`);
+      return this.#request(["AFTER", target, `msgid=${last}`]);
     }
     if (room) this.#becomeLive(room);
   }
@@ -4850,11 +4841,11 @@ class Client implements ConnectionEvents {
   readonly #options: Settings;
   readonly #login: Login;
   readonly #queue = new SendQueue();
-  #inputEnded = false; // it leaves when everything has been sent
+  #isFinishing = false; // it leaves when everything has been sent
   #leaveAskedAt = -Infinity;
   #boot = ""; // the boot id of the server
   #isGreeted = false; // on this connection the server has told its boot id
-  #progressAt = 0; // when the input ended, or a message was acknowledged since
+  #progressAt = 0; // when it began to finish, or a message was acknowledged since
   #gaveUp = false;
   constructor(options: Settings) {
     const { ui, clock, room = "" } = options;
@@ -4919,7 +4910,7 @@ class Client implements ConnectionEvents {
     const { rooms, current } = this.conversations;
     for (const { name } of rooms.values()) link.send("JOIN", [name]);
     if (this.target.startsWith("#") && !current) link.send("JOIN", [this.target]);
-    this.conversations.connected(isReturning);
+    if (isReturning) this.conversations.catchUp();
     this.#proceed();
   }
   onLine(line: Line): void {
@@ -4944,7 +4935,7 @@ class Client implements ConnectionEvents {
   onTick(): void {
     const { clock, timeoutMs = LIMITS.timeoutMs } = this.#options;
     this.#proceed();
-    if (!this.#inputEnded || clock.now() - this.#progressAt <= timeoutMs) return;
+    if (!this.#isFinishing || clock.now() - this.#progressAt <= timeoutMs) return;
     this.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
     this.#gaveUp = true;
     this.connection.stop();
@@ -4955,7 +4946,7 @@ class Client implements ConnectionEvents {
     const { link, room } = this;
     if (link && this.#isGreeted && room?.state !== "absent") this.#queue.pump(link, this.target);
     const { rooms, isRoomless } = this.conversations;
-    if (this.#inputEnded && this.#login.isReturning && !this.waiting && (rooms.size || isRoomless)) {
+    if (this.#isFinishing && this.#login.isReturning && !this.waiting && (rooms.size || isRoomless)) {
       return this.connection.leave();
     }
     this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
@@ -4977,9 +4968,9 @@ class Client implements ConnectionEvents {
     if (this.link) this.link.send(command, params);
     else this.note("not connected");
   }
-  inputEnded(): void {
-    if (this.#options.listens) return;
-    this.#inputEnded = true;
+  /** Leaves when everything has been sent. */
+  finish(): void {
+    this.#isFinishing = true;
     this.#progressAt = this.#options.clock.now();
     this.#proceed();
   }
@@ -5015,10 +5006,9 @@ class Client implements ConnectionEvents {
   }
   /** Leaves when what waits has been sent; the second time at once. */
   leave(): void {
-    if (!this.link || !this.waiting || this.#inputEnded) return this.connection.leave();
+    if (!this.link || !this.waiting || this.#isFinishing) return this.connection.leave();
     this.note(`leaving when ${plural(this.waiting, "line is", "lines are")} sent; again to leave at once`);
-    this.#inputEnded = true;
-    this.#progressAt = this.#options.clock.now();
+    this.finish();
   }
 
   // ---- What the server sends
@@ -5028,7 +5018,7 @@ class Client implements ConnectionEvents {
     const [first = "", second = ""] = line.params;
     const room = conversations.find(first);
     const nick = nickOf(line);
-    const isOwn = fold(nick) === fold(this.#login.nick);
+    const isOwn = this.isMe(nick);
     switch (line.command) {
       case "PRIVMSG":
       case "NOTICE":
@@ -5060,13 +5050,6 @@ class Client implements ConnectionEvents {
       case "FAIL":
         if (first === "PASS" && line.command === "NOTE") this.#login.keys = this.newKeys ?? this.#login.keys;
         return this.note(wordsOf(line));
-      default:
-        return this.#numeric(line);
-    }
-  }
-  #numeric(line: Line): void {
-    const { conversations } = this;
-    switch (line.command) {
       case "376": // the end of what comes first
       case "422":
         this.#isGreeted = true;
@@ -5078,8 +5061,9 @@ class Client implements ConnectionEvents {
       case "353":
       case "366":
         return conversations.numeric(line);
+      default:
+        return showReply(this, line);
     }
-    showReply(this, line);
   }
   /** A nick may belong to somebody else after a restart in which the accounts were lost: nothing private goes there. */
   #noteBoot(boot: string | undefined): void {
@@ -5120,7 +5104,7 @@ function showReply(client: Client, { command, params, ...line }: Line): void {
 
 type SlashCommand = (client: Client, rest: string) => void | Promise<void>;
 
-export const SLASH: Table<SlashCommand> = {
+const SLASH: Table<SlashCommand> = {
   msg: row("NICK TEXT", "say something to one person: /msg bo are you there?", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
     if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
@@ -5320,7 +5304,7 @@ export async function join(options: JoinOptions): Promise<number> {
       const texts = isPasted ? lines.map((line) => line || " ") : lines.filter((line) => line.trim());
       void enter(client, texts, how);
     },
-    onEnd: () => client.inputEnded(),
+    onEnd: () => options.listens || client.finish(),
     onLeave: (key) => client.askToLeave(key),
     onSwitch: (number) => {
       const place = client.conversations.places[number - 1];
@@ -5683,9 +5667,6 @@ function openConsole({ run, askToStop, stop }: Operator): Ui {
     onLeave: askToStop,
     onEnd: stop,
     onGone: stop,
-    onSwitch: () => {},
-    onTab: () => [],
-    onTyped: () => undefined,
   });
   ui.acceptLines();
   ui.setPrompt(clean("> "));

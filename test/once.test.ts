@@ -178,7 +178,6 @@ class Person implements Ui {
   welcome = (room: string) => this.#called(`welcome ${room}`);
   aside = (text: string) => this.#called(`aside ${text}`);
   rule = (title: string) => this.#called(`rule ${title}`);
-  bell = () => this.#called("bell");
   ask(question: string): Promise<string> {
     this.#called(`ask ${question}`);
     return new Promise((answer) => this.answers.push(answer));
@@ -409,7 +408,7 @@ test("a client that has left shows nothing more of who joined just before", asyn
   const { person, ended } = joinAs(t, port, { clock });
   await person.called(/^welcome/);
   const bo = await enter(t, port, "bo");
-  await until(() => person.events?.onTab("b").length === 1, () => "it does not know of bo");
+  await until(() => person.events?.onTab?.("b").length === 1, () => "it does not know of bo");
   bo.socket.destroy();
   await bo.closed;
   person.leave();

@@ -612,7 +612,6 @@ class WillingUi implements Ui {
   welcome(): void {}
   aside(): void {}
   rule(): void {}
-  bell(): void {}
   setPrompt(): void {}
   holdInput(): void {}
   clear(): void {}
