@@ -4751,6 +4751,11 @@ class Conversations {
     }
     if (room) this.#becomeLive(room);
   }
+  /** The server refuses to give a page. */
+  pageRefused(target: string): void {
+    this.#requests = Math.max(0, this.#requests - 1);
+    this.#asked.delete(fold(target));
+  }
   #becomeLive(room: Conversation): void {
     room.state = "live";
     room.cursor ??= { id: "", time: room.joinedAt };
@@ -4896,7 +4901,7 @@ class Client implements ConnectionEvents {
   note(text: string): void {
     this.transcript.note(text);
   }
-  /** Says what was wrong with a command. A script ends with status 1 then. */
+  /** Says why something that was entered is not done. A script ends with status 1 then. */
   mistake(text: string): void {
     this.#queue.refused++;
     this.note(text);
@@ -4966,7 +4971,7 @@ class Client implements ConnectionEvents {
   /** Sends a command now, or says that it cannot. */
   request(command: string, ...params: readonly string[]): void {
     if (this.link) this.link.send(command, params);
-    else this.note("not connected");
+    else this.mistake("not connected");
   }
   /** Leaves when everything has been sent. */
   finish(): void {
@@ -4981,7 +4986,7 @@ class Client implements ConnectionEvents {
   say(target: string, text: string, wrapPart = (part: string) => part): void {
     const to = target || this.target;
     this.conversations.unread.delete(fold(to));
-    if (!to && this.conversations.isRoomless) return this.note("you are in no room: /join #ROOM enters one");
+    if (!to && this.conversations.isRoomless) return this.mistake("you are in no room: /join #ROOM enters one");
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
@@ -5049,6 +5054,7 @@ class Client implements ConnectionEvents {
       case "NOTE":
       case "FAIL":
         if (first === "PASS" && line.command === "NOTE") this.#login.keys = this.newKeys ?? this.#login.keys;
+        if (first === "CHATHISTORY") conversations.pageRefused(line.params[3] ?? "");
         return this.note(wordsOf(line));
       case "376": // the end of what comes first
       case "422":
@@ -5108,29 +5114,29 @@ const SLASH: Table<SlashCommand> = {
   msg: row("NICK TEXT", "say something to one person: /msg bo are you there?", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
     if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
-    else client.note(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
+    else client.mistake(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
   }),
   r: row("TEXT", "answer who wrote to you last", (client, rest) => {
     const { correspondent } = client.transcript;
     if (correspondent) client.say(correspondent, rest);
-    else client.note("nobody has written to you yet");
+    else client.mistake("nobody has written to you yet");
   }),
   query: row("NICK", "talk to one person from now on, until /join or Alt-1", (client, rest) => {
     if (isNick(rest) && !client.isMe(rest)) client.talkTo(rest);
-    else client.note(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
+    else client.mistake(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
   }),
   me: row("TEXT", "say what you do: /me pours coffee", (client, rest) => {
     client.say("", rest, (part) => `\x01ACTION ${part}\x01`);
   }),
   join: row("#ROOM", "enter a room, or switch to it; Alt-1 … Alt-9 switch as well", (client, rest) => {
-    const name = rest.replace(/^#?/, "#").replace(/ .*/, "");
+    const name = roomIn(rest);
     if (isRoom(name)) client.talkTo(name);
-    else client.note(`${name} is not a valid name of a room`);
+    else client.mistake(`${name} is not a valid name of a room`);
   }),
   part: row("[#ROOM]", "leave this room, or another one", (client, rest) => {
-    const name = rest || client.target;
+    const name = rest ? roomIn(rest) : client.target;
     if (name.startsWith("#")) client.request("PART", name);
-    else client.note(noRoom(name));
+    else client.mistake(noRoom(name));
   }),
   rooms: row("", "list all rooms", (client) => client.request("LIST")),
   who: row("", "list who is in this room", (client) => {
@@ -5141,7 +5147,7 @@ const SLASH: Table<SlashCommand> = {
   }),
   topic: row("[TEXT]", "show or set the room's topic; /topic - removes it", (client, rest) => {
     const { room, target } = client;
-    if (!target.startsWith("#")) return client.note(noRoom(target));
+    if (!target.startsWith("#")) return client.mistake(noRoom(target));
     if (rest || !room) return client.request("TOPIC", target, ...rest ? [rest === "-" ? "" : rest] : []);
     client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
   }),
@@ -5149,8 +5155,8 @@ const SLASH: Table<SlashCommand> = {
   away: row("[TEXT]", "say that you are away, or are back", (client, rest) => client.request("AWAY", rest)),
   ignore: row("[NICK]", "hide what somebody says, or show it again", (client, rest) => {
     const { ignored } = client.transcript;
-    if (rest && !isNick(rest)) return client.note(`${rest} is not a valid nick`);
-    if (client.isMe(rest)) return client.note("you cannot ignore yourself");
+    if (rest && !isNick(rest)) return client.mistake(`${rest} is not a valid nick`);
+    if (client.isMe(rest)) return client.mistake("you cannot ignore yourself");
     const wasHidden = ignored.delete(fold(rest));
     if (rest && !wasHidden) ignored.add(fold(rest));
     if (wasHidden) client.conversations.oldest.clear(); // so that /history shows it
@@ -5177,12 +5183,12 @@ const SLASH: Table<SlashCommand> = {
   exit: row("", "leave; Ctrl-D does so as well", (client) => client.leave()),
 };
 
+/** The room that an argument names, with its "#" or without. */
+const roomIn = (rest: string) => rest.replace(/^#?/, "#").replace(/ .*/, "");
 const noRoom = (target: string) => target ? `you are talking to ${target}, not in a room` : "you are in no room";
 
 /** What other programs call these commands. */
-const ALIASES: Readonly<Partial<Record<string, string>>> = {
-  ...{ quit: "exit", leave: "part", list: "rooms", names: "who", j: "join", m: "msg", w: "msg", q: "query" },
-};
+const ALIASES = { quit: "exit", leave: "part", list: "rooms", names: "who", j: "join", m: "msg", w: "msg", q: "query" };
 
 function showHelp(client: Client, rest: string): void {
   const name = rest.replace(/^\//, "");
@@ -5195,7 +5201,7 @@ function showHelp(client: Client, rest: string): void {
 
 function showHistory(client: Client, rest: string): void {
   const { link, target, conversations } = client;
-  const wanted = Number(rest) || HISTORY_SHOWN;
+  const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
   if (!link || !target) return client.note(link ? noRoom("") : "not connected");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
     client.note("the history is being loaded");

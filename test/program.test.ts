@@ -380,6 +380,16 @@ test("a script without input joins, leaves and ends with status 0", async (t) =>
   assert.equal(await script.ended, 0);
 });
 
+test("a script with a command that cannot be done says why, and ends with status 1", async (t) => {
+  const { port } = await serveHere(t);
+  for (const command of ["/msg 1up hi", "/r hi", "/join #", "/topci x"]) {
+    const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--commands"]);
+    script.end(`${command}\n`);
+    assert.equal(await script.ended, 1, command);
+    assert.match(script.err.all, /not a valid n|nobody has written|there is no/);
+  }
+});
+
 test("a script sends QUIT and ends with status 0 on SIGINT and on SIGTERM", async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
