@@ -3376,7 +3376,7 @@ type Input = "text" | "typed" | "pasted";
 /** What an interface reports. */
 export interface UiEvents {
   onLines(lines: readonly string[], how: Input): void;
-  onEnd(): void; // there is no more input
+  onEnd?(): void; // a pipe has no more input
   onLeave(key: "Ctrl-C" | "Ctrl-D"): void; // pressed when nothing was typed or asked
   onSwitch?(number: number): void; // Alt-1 … 9
   onGone(): void; // the terminal has gone, or nobody reads the output any more
@@ -3642,7 +3642,7 @@ class PipeUi implements Ui {
     this.#reader.on("line", (line) => this.#enter(line));
     this.#reader.on("close", () => {
       this.#ended = true;
-      this.#events?.onEnd();
+      this.#events?.onEnd?.();
     });
     process.stdout.on("error", () => this.#events?.onGone());
   }
@@ -3867,7 +3867,7 @@ class Link {
   ended = ""; // why the connection has ended; empty while it has not
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
-  explain: ((kind: string, text: string) => void) | undefined;
+  lesson: Folded | undefined; // is told of every line
   #dismissal: Fault | undefined; // the operator has ended it
   readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
   #unread = 0; // characters in them
@@ -3917,7 +3917,7 @@ class Link {
     const shown = text.replace(/^(AUTHENTICATE|REGISTER \* \*|PASS) \S{9,}/, "$1 …");
     const [kind = ""] = /^(:\S* )?\S+/.exec(text) ?? [];
     const tags = text === line ? "" : "@… "; // left out, but counted
-    this.explain?.(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
+    this.lesson?.tell(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
   }
   /** Drops lines until one has this command, and returns it. @throws {Fault} once the connection has ended */
   async next(command = /^/): Promise<Line> {
@@ -4103,8 +4103,7 @@ class Login {
     if (link.ended) throw new Lost(link.ended); // during the question
     if (!this.#options.explain) return;
     lessonOf(link.facts()).forEach((line) => this.#note(line));
-    const lines = new Folded((text) => this.#note(text));
-    link.explain = (kind, text) => lines.tell(kind, text);
+    link.lesson = new Folded((text) => this.#note(text));
   }
   /** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
   #problemOf(certificate: crypto.X509Certificate, isChainTrusted: boolean): string | undefined {
@@ -4441,7 +4440,6 @@ class Conversation {
 type Shown = "new" | "old" | "again";
 type Presence = "joined" | "left";
 
-/** What a person sees: which messages, how, and who joined and left in between. */
 class Transcript {
   readonly ignored = new Set<string>(); // folded nicks
   rings = true; // the bell, for messages to oneself
@@ -4449,7 +4447,7 @@ class Transcript {
   latest = 0; // the time of the latest message shown
   readonly #ui: Ui;
   readonly #clock: Clock;
-  readonly #me: { readonly nick: string };
+  readonly #me: { readonly nick: string }; // which the server may change
   readonly #shown = new Set<string>(); // ids of messages
   readonly #changes = new Map<string, Presence>(); // in the room that is talked in, by nick; not shown yet
   #changedRoom = "";
@@ -4770,7 +4768,6 @@ class Conversations {
  * line has an idempotency key; what was not acknowledged is sent again on the next connection.
  * ================================================================================================================== */
 
-/** A message to be sent. */
 interface Outgoing {
   readonly target: string; // empty for the room that will be talked in first
   readonly text: string;
@@ -5082,8 +5079,9 @@ class Client implements ConnectionEvents {
 }
 
 /** Shows the list of rooms, replies about people, and errors. Without a person it ends if its room cannot be joined. */
-function showReply(client: Client, { command, params, ...line }: Line): void {
+function showReply(client: Client, line: Line): void {
   const { conversations } = client;
+  const { command, params } = line;
   const [, room = "", count = "", topic] = params;
   if (command === "322") {
     const about = plural(Number(count), "person", "people") + conversations.unreadIn(room);
@@ -5093,7 +5091,7 @@ function showReply(client: Client, { command, params, ...line }: Line): void {
       if (!name.startsWith("#")) client.note(`${name}${conversations.unreadIn(name)}`);
     }
   } else if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(command)) {
-    client.note([...params.slice(1, -1), wordsOf({ command, params, ...line })].join(": "));
+    client.note([...params.slice(1, -1), wordsOf(line)].join(": "));
   }
   const { target, current, rooms } = conversations;
   const isRefused = /^4/.test(command) && target.startsWith("#") && fold(room) === fold(target);
@@ -5468,18 +5466,22 @@ async function mainServe(args: readonly string[]): Promise<number> {
   const kept = accounts && await readAccounts(log);
   const serving = await serve({
     ...options,
-    ...{ host, port, identity, log: (line: string) => log.timed(line) },
-    ...kept && { records: kept.records, journal: kept.journal },
-    ...keylog && { keylog: (line: Buffer) => write(process.stderr, line.toString()) },
-    ...explain && { explain: (line: string) => log.print(line) },
+    host,
+    port,
+    identity,
+    records: kept?.records ?? [],
+    journal: kept?.journal,
+    log: (line) => log.timed(line),
+    keylog: keylog && ((line) => write(process.stderr, line.toString())),
+    explain: explain && ((line) => log.print(line)),
   });
   if (keylog) log.print("warning: the TLS keys go to standard error; whoever has them can read along");
   const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
   await new Promise<void>((stop) => {
     onSignal(stop);
-    const obey = operator(serving.server, invitations, (line) => log.print(line), stop);
-    if (log.hasConsole) log.ui = openConsole(obey);
-    else if (kept) kept.onCommand((line) => obey.run(line));
+    const run = operator(serving.server, invitations, (line) => log.print(line), stop);
+    if (log.hasConsole) log.ui = openConsole(run, stop);
+    else if (kept) kept.onCommand(run);
     else log.print("no commands here: standard input and output are no terminal");
   });
   log.timed("stopping");
@@ -5550,7 +5552,8 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
   if (process.stdin.isTTY || process.stdout.isTTY) {
     throw wrong("--accounts reads and writes files", `${CHAT} serve --accounts <accounts.txt >>accounts.txt`);
   }
-  const [records, early]: [string[], string[]] = [[], []]; // early: commands that came before the server listens
+  const records: string[] = [];
+  const early: string[] = []; // commands that came before the server listens
   let take = (_line: string) => {};
   const isCut = await new Promise<boolean>((done) => {
     take = (line) => {
@@ -5568,7 +5571,8 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
       /^\s*$/.test(line) || (line.startsWith("/") ? run(line) : log.print("commands begin with a slash"));
     early.forEach(take);
   };
-  return { records, journal: continueJournal(isCut || !/^#|=$|ed$/.test(records.at(-1) ?? "#"), log), onCommand };
+  const isWhole = /^#|=$|ed$/.test(records.at(-1) ?? "#"); // a comment, a verifier, or a word such as "barred"
+  return { records, journal: continueJournal(isCut || !isWhole, log), onCommand };
 }
 
 /** Reads lines from standard input. @param onEnd takes what follows the last line break */
@@ -5625,53 +5629,41 @@ function onSignal(stop: () => void): void {
   process.on("SIGHUP", () => hasTerminal && stop());
 }
 
-/** What the operator can do: run commands, and stop the server. Stopping a room that is not empty is confirmed. */
-interface Operator {
-  run(line: string): void;
-  askToStop(): void;
-  stop(): void;
-}
-
+/** @returns what runs the operator's commands. Stopping a room that is not empty is confirmed. */
 function operator(
   server: Server,
   invitations: readonly string[],
   print: (line: string) => void,
   stop: () => void,
-): Operator {
+): (line: string) => void {
   let askedAt = -Infinity;
-  const askToStop = (): readonly string[] => {
+  const askToStop = (): string | readonly string[] => {
     const here = server.presentMembers.length;
     const isConfirmed = performance.now() - askedAt < LIMITS.againMs;
     askedAt = performance.now();
     const seconds = LIMITS.againMs / 1000;
     if (here && !isConfirmed) {
-      return [`${plural(here, "person is", "people are")} here; again within ${seconds} s to stop`];
+      return `${plural(here, "person is", "people are")} here; again within ${seconds} s to stop`;
     }
     stop();
     return [];
   };
   const table: Table<ConsoleCommand> = {
     ...CONSOLE,
-    invite: { usage: "", about: "print how to join", run: () => invitations },
-    stop: { usage: "", about: "stop the server", run: askToStop },
+    invite: row("", "print how to join", () => invitations),
+    stop: row("", "stop the server", askToStop),
   };
-  return {
-    run: (line) => {
-      if (!line.startsWith("/stop")) askedAt = -Infinity; // something else was meant
-      runConsoleLine(server, table, line).forEach(print);
-    },
-    askToStop: () => askToStop().forEach(print),
-    stop,
+  return (line) => {
+    if (!line.startsWith("/stop")) askedAt = -Infinity; // something else was meant
+    runConsoleLine(server, table, line).forEach(print);
   };
 }
 
-/** Opens the operator's console. */
-function openConsole({ run, askToStop, stop }: Operator): Ui {
+function openConsole(run: (line: string) => void, stop: () => void): Ui {
   const ui = openUi();
   ui.listen({
     onLines: (lines) => lines.forEach(run),
-    onLeave: askToStop,
-    onEnd: stop,
+    onLeave: () => run("/stop"),
     onGone: stop,
   });
   ui.acceptLines();
@@ -5767,7 +5759,7 @@ async function mainJoin(args: readonly string[]): Promise<number> {
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
   try {
     const run = rowOf({ serve: mainServe, join: mainJoin, verifier: mainVerifier }, command);
-    if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
+    if (run && !args.some((arg) => /^(--help|-h)$/.test(arg))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
     else if (!command) throw wrong("serve or join?", `${CHAT} help`);
