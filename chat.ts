@@ -4556,6 +4556,7 @@ class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
   readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
   target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
+  hasJoined = false; // a room, at some time: without a target it has left the last one since
   readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
   readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
@@ -4563,7 +4564,6 @@ class Conversations {
   #batch: { readonly id: string; readonly target: string; readonly lines: Line[] } | undefined; // a page of history
   #pageSize: number = LIMITS.chathistory; // messages that the server gives at once
   #completeUntil = 0; // up to this time no private message was missed
-  #hasJoined = false;
   #requests = 0; // for history that has not come yet
   /** @param sendRequest sends a CHATHISTORY with these parameters */
   constructor(transcript: Transcript, sendRequest: (params: readonly string[]) => void) {
@@ -4595,10 +4595,6 @@ class Conversations {
   turnTo(target: string): void {
     this.target = target;
     this.unread.delete(fold(target));
-  }
-  /** The client has left the last of its rooms. */
-  get isRoomless(): boolean {
-    return this.#hasJoined && this.rooms.size === 0;
   }
   /** Takes a numeric reply: 005 says how large a page of history is, 332 a topic, 353 nicks, 366 that all have come. */
   numeric({ command, params }: Line): void {
@@ -4632,7 +4628,7 @@ class Conversations {
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
     if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom(room);
-    this.#hasJoined = true;
+    this.hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
     if (room.cursor) {
@@ -4947,10 +4943,7 @@ class Client implements ConnectionEvents {
     if (this.connection.isOver) return;
     const { link, room } = this;
     if (link && this.#isGreeted && room?.state !== "absent") this.#queue.pump(link, this.target);
-    const { rooms, isRoomless } = this.conversations;
-    if (this.#isFinishing && this.#login.isReturning && !this.waiting && (rooms.size || isRoomless)) {
-      return this.connection.leave();
-    }
+    if (this.#isFinishing && !this.waiting && this.conversations.hasJoined) return this.connection.leave();
     this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
   }
   #showPrompt(isOffline: boolean): void {
@@ -4983,7 +4976,7 @@ class Client implements ConnectionEvents {
   say(target: string, text: string, wrapPart = (part: string) => part): void {
     const to = target || this.target;
     this.conversations.unread.delete(fold(to));
-    if (!to && this.conversations.isRoomless) return this.mistake("you are in no room: /join #ROOM enters one");
+    if (!to && this.conversations.hasJoined) return this.mistake("you are in no room: /join #ROOM enters one");
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
@@ -5168,7 +5161,7 @@ const SLASH: Table<SlashCommand> = {
     transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
   tls: row("", "describe the connection", (client) => {
-    if (!client.link) return client.note("not connected");
+    if (!client.link) return client.mistake("not connected");
     for (const fact of client.link.facts()) client.note(layOut(fact));
   }),
   password: row("", "change your password", askNewPassword),
@@ -5191,7 +5184,7 @@ const ALIASES = { quit: "exit", leave: "part", list: "rooms", names: "who", j: "
 function showHelp(client: Client, rest: string): void {
   const name = rest.replace(/^\//, "");
   const found = findCommand(name);
-  if (name && !found) return client.note(`there is no /${name}`);
+  if (name && !found) return client.mistake(`there is no /${name}`);
   const table = found ? { [name]: found } : SLASH;
   for (const line of helpLines(table, "/")) client.note(line);
   if (!name) client.note("//TEXT               say something that begins with a slash");
@@ -5200,7 +5193,7 @@ function showHelp(client: Client, rest: string): void {
 function showHistory(client: Client, rest: string): void {
   const { link, target, conversations } = client;
   const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
-  if (!link || !target) return client.note(link ? noRoom("") : "not connected");
+  if (!link || !target) return client.mistake(link ? noRoom("") : "not connected");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
     client.note("the history is being loaded");
   } else if (wanted > LIMITS.chathistory) {
@@ -5242,7 +5235,7 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
 const isCommand = (text: string) => findCommand(/^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 async function askNewPassword(client: Client): Promise<void> {
-  if (!client.link) return client.note("not connected");
+  if (!client.link) return client.mistake("not connected");
   const password = await client.ui.ask(clean("New password: "), true);
   const again = password && await client.ui.ask(clean("Repeat it: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
@@ -5571,7 +5564,7 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
       /^\s*$/.test(line) || (line.startsWith("/") ? run(line) : log.print("commands begin with a slash"));
     early.forEach(take);
   };
-  const isWhole = /^#|=$|ed$/.test(records.at(-1) ?? "#"); // a comment, a verifier, or a word such as "barred"
+  const isWhole = /^#|=$|e[dn]$/.test(records.at(-1) ?? "#"); // a comment, a verifier, or a word such as "forgotten"
   return { records, journal: continueJournal(isCut || !isWhole, log), onCommand };
 }
 
