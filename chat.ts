@@ -3739,7 +3739,10 @@ class TerminalUi extends PersonalUi {
     const rows = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
     const first = width > indent ? head : head + rows.shift();
     const margin = " ".repeat(indent - MARGIN.length) + this.paint(DIM, MARGIN);
-    this.#print([first, ...rows.map((row) => margin + row)]);
+    this.#printed.push(first, ...rows.map((row) => margin + row));
+    const excess = this.#isUnread ? this.#printed.length - LIMITS.unreadRows : 0;
+    if (excess > 0) this.#unshown += this.#printed.splice(0, excess).length;
+    this.redraw();
   }
   #pressed(key?: Key): void {
     this.#skipCluster(key);
@@ -3770,12 +3773,6 @@ class TerminalUi extends PersonalUi {
     this.edit(completed + line.slice(cursor), completed.length);
   }
 
-  #print(rows: readonly string[]): void {
-    this.#printed.push(...rows);
-    const excess = this.#isUnread ? this.#printed.length - LIMITS.unreadRows : 0;
-    if (excess > 0) this.#unshown += this.#printed.splice(0, excess).length;
-    this.redraw();
-  }
   protected redraw(): void {
     if (this.#isDrawDue || this.closed) return;
     this.#isDrawDue = true;
@@ -4580,10 +4577,9 @@ class Conversations {
   }
   /** Rooms and people that one can turn to. */
   get places(): string[] {
+    const rooms = [...this.rooms.values()].map(({ name }) => name);
     const people = [...this.unread.values()].map(({ name }) => name).filter((name) => !name.startsWith("#"));
-    return [...new Set([...Array.from(this.rooms.values(), ({ name }) => name), this.target, ...people])].filter(
-      Boolean,
-    );
+    return [...new Set([...rooms, this.target, ...people])].filter(Boolean);
   }
   /** Says how much is unread in a room or of a person, and which key turns to it; empty if there is nothing to say. */
   unreadIn(place: string): string {
@@ -4822,10 +4818,12 @@ class SendQueue {
   }
   /** Takes the key of a message that the server has executed or refused. @returns the message, if it is one of ours */
   acknowledge(key = "", isRefused = false): Outgoing | undefined {
-    const [instance, number] = key.split(/-(?=\d+$)/);
-    const message = instance === this.#instance ? this.messages.get(Number(number)) : undefined;
-    this.messages.delete(Number(number));
-    if (message && isRefused) this.refused++;
+    const [instance, digits] = key.split(/-(?=\d+$)/);
+    const number = Number(digits);
+    const message = instance === this.#instance ? this.messages.get(number) : undefined;
+    if (!message) return undefined;
+    this.messages.delete(number);
+    if (isRefused) this.refused++;
     return message;
   }
 }
@@ -5203,13 +5201,16 @@ function showHistory(client: Client, rest: string): void {
 
 const findCommand = (name: string) => rowOf(SLASH, rowOf(ALIASES, name) ?? name);
 
+/** What is done with lines that were entered: the commands among them are said, or run; or nothing is. */
+type Treatment = "say" | "run" | "no";
+
 /**
  * Takes lines that were entered. They go where the person talked then, even if a question comes in between. A slash
  * begins a command if it was typed, in a paste only if the person says so.
  */
 async function enter(client: Client, texts: readonly string[], how: Input): Promise<void> {
   const { target } = client;
-  let mode: "say" | "run" | "no" = how === "text" ? "say" : "run";
+  let mode: Treatment = how === "text" ? "say" : "run";
   if (how === "pasted") mode = await askAboutPaste(client, texts, target);
   for (const text of mode === "no" ? [] : texts) {
     const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
@@ -5257,11 +5258,7 @@ function completionsOf(before: string, { room, conversations: { rooms } }: Clien
 }
 
 /** Asks whether to say the lines of a paste, or to run the commands among them, if there is a doubt. */
-async function askAboutPaste(
-  client: Client,
-  texts: readonly string[],
-  target: string,
-): Promise<"say" | "run" | "no"> {
+async function askAboutPaste(client: Client, texts: readonly string[], target: string): Promise<Treatment> {
   const { waiting } = client;
   if (texts.length + waiting > LIMITS.outbox) {
     const many = plural(texts.length, "line is", "lines are");
@@ -5469,10 +5466,10 @@ async function mainServe(args: readonly string[]): Promise<number> {
     explain: explain && ((line) => log.print(line)),
   });
   if (keylog) log.print("warning: the TLS keys go to standard error; whoever has them can read along");
-  const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
+  const invitations = announceServer(serving, identity, { host, names, log });
   await new Promise<void>((stop) => {
     onSignal(stop);
-    const run = operator(serving.server, invitations, (line) => log.print(line), stop);
+    const run = commandRunner(serving.server, invitations, (line) => log.print(line), stop);
     if (log.hasConsole) log.ui = openConsole(run, stop);
     else if (kept) kept.onCommand(run);
     else log.print("no commands here: standard input and output are no terminal");
@@ -5505,7 +5502,7 @@ class OperatorLog {
 function announceServer(
   { server, port }: Serving,
   { publicKey, pin }: Identity,
-  { host, names, log, isKept }: { host: string; names: readonly string[]; log: OperatorLog; isKept: boolean },
+  { host, names, log }: { host: string; names: readonly string[]; log: OperatorLog },
 ): readonly string[] {
   const suffix = isPinnable(publicKey) ? `/${pin}` : ""; // else only the chain verifies it
   const invitations = names.map((name) => `${CHAT} join ${name}:${port}${suffix}`);
@@ -5514,7 +5511,7 @@ function announceServer(
   if (!isLoopback(host)) log.print("others need a copy of this program on their machine, and one of these lines");
   if (names[0] === UNKNOWN) log.print(`${UNKNOWN} stands for an address of this machine: put it there`);
   log.print(`IRC clients: ${names[0]}:${port} with TLS; your password as server password`);
-  if (isKept) {
+  if (server.options.journal) {
     log.print(`${plural(server.accounts.byNick.size, "account", "accounts")} read; new ones go to standard output`);
   } else log.print("nothing is written to disk: accounts and history end with this process");
   if (isLoopback(host)) {
@@ -5622,8 +5619,8 @@ function onSignal(stop: () => void): void {
   process.on("SIGHUP", () => hasTerminal && stop());
 }
 
-/** @returns what runs the operator's commands. Stopping a room that is not empty is confirmed. */
-function operator(
+/** Makes the function that runs what the operator enters. Stopping a room that is not empty is confirmed. */
+function commandRunner(
   server: Server,
   invitations: readonly string[],
   print: (line: string) => void,
