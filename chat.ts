@@ -3384,6 +3384,7 @@ export interface UiEvents {
   onTyped?(line: string): string | undefined; // what is to stand in place of the line
 }
 
+/** A user interface. It leaves out what it has no use for. */
 export interface Ui {
   readonly hasPerson: boolean; // somebody who can answer, and wants to see what was said before
   /** Reports what happens from now on, except lines. */
@@ -3395,15 +3396,15 @@ export interface Ui {
   /** Shows that one is in the first room. */
   welcome(room: Clean, nick: Clean, others: Clean): void;
   /** Shows what only a person wants to know: who joined and left, that a day has begun. */
-  aside(text: Clean): void;
+  aside?(text: Clean): void;
   /** Shows that something else begins: another room, the history. */
-  rule(title: Clean): void;
+  rule?(title: Clean): void;
   /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
   ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
-  setPrompt(prompt: Clean): void;
+  setPrompt?(prompt: Clean): void;
   /** Stops reading input for a while, where it comes by itself. */
-  holdInput(hold: boolean): void;
-  clear(): void;
+  holdInput?(hold: boolean): void;
+  clear?(): void;
   close(): void;
 }
 
@@ -3506,9 +3507,6 @@ abstract class PersonalUi implements Ui {
   rule(title: Clean): void {
     this.show(this.paint(DIM, "── "), clean(`${title} ──`), DIM);
   }
-  setPrompt(_prompt: Clean): void {}
-  holdInput(_hold: boolean): void {}
-  clear(): void {}
   /** A line that is half typed, or the rest of a paste, is no answer: it is put aside during the question. */
   async ask(question: Clean, hidden = false): Promise<string | undefined> {
     while (this.#asked) await this.#asked;
@@ -3670,18 +3668,14 @@ class PipeUi implements Ui {
   welcome(room: Clean, nick: Clean, others: Clean): void {
     this.note(clean(`in ${room} as ${nick}; here: ${others || "nobody else"}`));
   }
-  aside(): void {}
-  rule(): void {}
   ask(): Promise<undefined> {
     return Promise.resolve(undefined);
   }
-  setPrompt(): void {}
   holdInput(hold: boolean): void {
     if (this.#ended) return;
     if (hold) this.#reader.pause();
     else this.#reader.resume();
   }
-  clear(): void {}
   close(): void {
     this.#reader.close();
   }
@@ -3713,11 +3707,11 @@ class TerminalUi extends PersonalUi {
     process.stdout.on("resize", () => this.redraw());
     this.editor.on("SIGCONT", () => this.redraw());
   }
-  override setPrompt(prompt: Clean): void {
+  setPrompt(prompt: Clean): void {
     this.#prompt = prompt;
     this.redraw();
   }
-  override clear(): void {
+  clear(): void {
     write(process.stdout, "\x1b[H\x1b[2J\x1b[3J");
     this.#drawn = NOTHING_DRAWN;
     this.redraw();
@@ -4507,17 +4501,17 @@ class Transcript {
   }
   #showDay(time: number, isOld: boolean): void {
     const day = new Date(time).toDateString();
-    if ((this.#day || isOld) && day !== this.#day) this.#ui.aside(clean(day));
+    if ((this.#day || isOld) && day !== this.#day) this.#ui.aside?.(clean(day));
     this.#day = day;
   }
   /** Shows earlier messages between two rules. */
   showPage(title: string, lines: readonly Line[], room: Conversation | undefined, isBeginning: boolean): void {
-    this.#ui.rule(clean(`history of ${title}`));
+    this.#ui.rule?.(clean(`history of ${title}`));
     const day = this.#day;
     this.#day = "";
     for (const line of lines) this.show(line, "again", room, room);
     this.#day = day;
-    this.#ui.rule(clean(isBeginning ? "that was the beginning" : "/history shows what was before"));
+    this.#ui.rule?.(clean(isBeginning ? "that was the beginning" : "/history shows what was before"));
   }
   /** Somebody joined or left. Changes in quick succession are shown together, and those that cancel out not at all. */
   presence(nick: string, how: Presence, room: string): void {
@@ -4539,7 +4533,7 @@ class Transcript {
     }).filter(Boolean);
     this.#changes.clear();
     const time = clockTime(this.#clock.wall());
-    if (texts.length) this.#ui.aside(clean(`${time} ${this.#changedRoom}: ${texts.join("; ")}`));
+    if (texts.length) this.#ui.aside?.(clean(`${time} ${this.#changedRoom}: ${texts.join("; ")}`));
   }
 }
 
@@ -4915,7 +4909,7 @@ class Client implements ConnectionEvents {
     const message = this.#queue.acknowledge(tags.get(ONCE), isRefused);
     if (message) {
       this.#progressAt = this.#options.clock.now();
-      if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput(false);
+      if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput?.(false);
       if (isRefused) this.note(`not sent: ${describeOutgoing(message)}`);
     }
     if (!this.conversations.takeBatched(line)) this.#dispatch(line);
@@ -4951,7 +4945,7 @@ class Client implements ConnectionEvents {
     const byKind = [...this.conversations.unread.values()].sort((one, other) => one.name < other.name ? -1 : 1);
     const unread = byKind.map(({ name, count }) => `${name} ${count}`); // rooms first: "#" sorts before letters
     const after = unread.length ? ` [${listed(unread, 3)}]` : "";
-    this.ui.setPrompt(clean(`${state && `[${state}] `}${this.target}${after}> `));
+    this.ui.setPrompt?.(clean(`${state && `[${state}] `}${this.target}${after}> `));
   }
 
   // ---- What the person does
@@ -4979,7 +4973,7 @@ class Client implements ConnectionEvents {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
     }
-    if (this.waiting >= LIMITS.outbox) this.ui.holdInput(true);
+    if (this.waiting >= LIMITS.outbox) this.ui.holdInput?.(true);
     this.#proceed();
   }
   /** Turns to a room or a person. A room that the client is not in is joined. */
@@ -4987,7 +4981,7 @@ class Client implements ConnectionEvents {
     const isOther = fold(target) !== fold(this.target);
     this.conversations.turnTo(this.conversations.find(target)?.name ?? target);
     if (target.startsWith("#") && !this.room) this.link?.send("JOIN", [target]);
-    if (isOther) this.ui.rule(clean(this.target));
+    if (isOther) this.ui.rule?.(clean(this.target));
     this.#proceed();
   }
   /** Leaves at Ctrl-D, and at a second Ctrl-C. */
@@ -5026,7 +5020,7 @@ class Client implements ConnectionEvents {
         if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
         this.note(`you left ${room.name}`);
         conversations.parted(room);
-        return this.ui.rule(clean(this.target || "no room"));
+        return this.ui.rule?.(clean(this.target || "no room"));
       case "QUIT":
         if (!first.startsWith("Kicked")) {
           return conversations.rooms.forEach((one) => conversations.presence(one, nick, "left"));
@@ -5089,7 +5083,7 @@ function showReply(client: Client, line: Line): void {
   if (!isRefused || current) return;
   if (!client.ui.hasPerson) throw new Fault(params.slice(1).map(clean).join(" "), "--room names another room", 2);
   conversations.turnTo([...rooms.values()].at(-1)?.name ?? "");
-  if (client.target) client.ui.rule(clean(client.target));
+  if (client.target) client.ui.rule?.(clean(client.target));
 }
 
 /* =====================================================================================================================
@@ -5165,7 +5159,7 @@ const SLASH: Table<SlashCommand> = {
   password: row("", "change your password", askNewPassword),
   reconnect: row("", "reconnect now", ({ connection }) => connection.reconnect()),
   clear: row("", "clear the screen; /history fills it again", ({ ui, conversations }) => {
-    ui.clear();
+    ui.clear?.();
     conversations.oldest.clear();
   }),
   help: row("[COMMAND]", "list what you can type", showHelp),
@@ -5657,7 +5651,7 @@ function openConsole(run: (line: string) => void, stop: () => void): Ui {
     onGone: stop,
   });
   ui.acceptLines();
-  ui.setPrompt(clean("> "));
+  ui.setPrompt?.(clean("> "));
   return ui;
 }
 

@@ -610,11 +610,6 @@ class WillingUi implements Ui {
   message(): void {}
   note(): void {}
   welcome(): void {}
-  aside(): void {}
-  rule(): void {}
-  setPrompt(): void {}
-  holdInput(): void {}
-  clear(): void {}
   close(): void {}
 }
 
