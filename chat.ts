@@ -285,6 +285,7 @@ class Semaphore {
 const sha256 = (data: Buffer | string) => crypto.createHash("sha256").update(data).digest();
 const base64 = (data: Buffer) => data.toString("base64");
 const fromBase64 = (text = "") => Buffer.from(text, "base64");
+const sumOf = <T>(items: readonly T[], sizeOf: (item: T) => number) => items.reduce((sum, one) => sum + sizeOf(one), 0);
 const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
 
 /** Looks up a row of a table, but none of what every object inherits. */
@@ -3258,14 +3259,11 @@ const EMOJI_SEQUENCE = /^\p{RI}\p{RI}|^\p{Emoji}.*[\uFE0F\u200D\u{1F3FB}-\u{1F3F
 export function cells(text: string): number {
   if (/^[ -~]*$/.test(text)) return text.length;
   const widthOf = (char: string) => WIDE.test(char) ? 2 : ZERO.test(char) ? 0 : 1;
-  return graphemes(text).reduce(
-    (sum, one) => sum + (EMOJI_SEQUENCE.test(one) ? 2 : [...one].reduce((all, char) => all + widthOf(char), 0)),
-    0,
-  );
+  return sumOf(graphemes(text), (cluster) => EMOJI_SEQUENCE.test(cluster) ? 2 : sumOf([...cluster], widthOf));
 }
 
 /** The column width that a text has at most, whatever the terminal takes it for. */
-const cellsAtMost = (text: string) => [...text].reduce((sum, char) => sum + (/[ -~]/.test(char) ? 1 : 2), 0);
+const cellsAtMost = (text: string) => sumOf([...text], (char) => /[ -~]/.test(char) ? 1 : 2);
 
 /** Joins grapheme clusters into parts that measure at most `most` each. */
 function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: string) => number): string[] {
@@ -3783,8 +3781,9 @@ class TerminalUi extends PersonalUi {
   #draw(withPrompt: boolean): void {
     this.#isDrawDue = false;
     const columns = this.columns; // the terminal may have become narrower, and have wrapped the rows
-    const above = this.#drawn.rows.slice(0, this.#drawn.row).map((width) => Math.max(1, Math.ceil(width / columns)));
-    const up = above.reduce((sum, rows) => sum + rows, 0) + Math.floor(this.#drawn.column / columns);
+    const above = this.#drawn.rows.slice(0, this.#drawn.row);
+    const rowsAbove = sumOf(above, (width) => Math.max(1, Math.ceil(width / columns)));
+    const up = rowsAbove + Math.floor(this.#drawn.column / columns);
     const printed = this.#printed;
     if (this.#unshown) printed.unshift(`-- ${plural(this.#unshown, "line", "lines")} not shown`);
     this.#printed = [];
@@ -4664,7 +4663,7 @@ class Conversations {
     const room = this.find(line.params[0] ?? "");
     if (!room || room.state === "live") return this.#show(line, "new");
     room.held.push(line);
-    const held = [...this.rooms.values()].reduce((sum, one) => sum + one.held.length, 0);
+    const held = sumOf([...this.rooms.values()], (one) => one.held.length);
     if (held > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
   #show(line: Line, how: Shown): void {
