@@ -2968,7 +2968,9 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   return { server, stop, port: typeof address === "object" && address ? address.port : port };
 }
 
-const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress}:${remotePort}`;
+/** A host as it stands before a port. */
+const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
+const farEnd = ({ remoteAddress = "", remotePort }: tls.TLSSocket) => `${bracketed(remoteAddress)}:${remotePort}`;
 
 /** Closes a connection that has sent too many bytes which brought no text. */
 type Check = (isBusy: boolean) => void;
@@ -3117,12 +3119,12 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
     [
       /EADDRINUSE|in use/i,
       `port ${port} is in use already`,
-      `are you serving already? ${CHAT} serve ${port + 1} takes another one`,
+      `are you serving already? ${CHAT} serve ${bracketed(host)}:${port + 1} takes another one`,
     ],
     [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
     [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
     [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
-    [/^/, `cannot listen on ${host}:${port}: ${message}`, `${CHAT} help serve`],
+    [/^/, `cannot listen on ${bracketed(host)}:${port}: ${message}`, `${CHAT} help serve`],
   ];
   const [, what = message, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ?? [];
   return new Fault(what, hint);
@@ -3757,7 +3759,8 @@ class TerminalUi extends PersonalUi {
   /** Completes the text before the cursor; pressed again, in the next way. */
   #complete(): void {
     const { line, cursor } = this.editor;
-    const before = line.slice(0, cursor).replace(this.question ? /\t/g : "", "");
+    const typed = line.slice(0, cursor);
+    const before = this.question ? typed.replaceAll("\t", "") : typed; // an answer has no tabs
     const { options, next } = this.#completion ??
       { options: this.question ? [] : this.events?.onTab?.(before) ?? [], next: 0 };
     this.#completion = { options, next: (next + 1) % options.length };
@@ -3973,7 +3976,7 @@ function connect({ host, port, ca, keylog, clock }: Settings): Promise<Link> {
       cancelTimeout();
       const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
       socket.destroy();
-      reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
+      reject(new Lost(`cannot join ${bracketed(host)}:${port}: ${what}`, hint));
     };
     const cancelTimeout = clock.after(LIMITS.joinMs, () => fail("timed out"));
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
@@ -4107,7 +4110,7 @@ class Login {
   /** Has a person compare the check code with what the server's screen shows. @returns why it is trusted then */
   async #compare(key: crypto.KeyObject, problem: string): Promise<string> {
     const { host, port, ui } = this.#options;
-    const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
+    const hint = `${CHAT} join ${bracketed(host)}:${port}/PIN, with the pin from the server's screen`;
     if (!ui.hasPerson) throw new Fault(`cannot verify this server: its certificate ${problem}`, hint, 3);
     this.#note(`cannot verify ${host}: its certificate ${problem}`);
     const code = await checkCodeOf(key);
@@ -4142,7 +4145,7 @@ class Login {
     const hasScram = offered.get("sasl")?.split(",").includes("SCRAM-SCRYPT-PLUS");
     if (!hasScram || !REQUIRED_CAPS.every((name) => offered.has(name))) {
       const hint = "an IRC client such as irssi gets in";
-      throw new Fault(`${host}:${port} is an IRC server, but not a chat server`, hint);
+      throw new Fault(`${bracketed(host)}:${port} is an IRC server, but not a chat server`, hint);
     }
     if (!offered.has(REGISTRATION) && !this.isReturning) {
       this.#note("registration is closed here: without an account, ask the operator for /admit NICK");
@@ -4152,7 +4155,9 @@ class Login {
     link.send("CAP", ["REQ", WANTED_CAPS.filter((name) => offered.has(name) && !isLater(name)).join(" ")]);
     let answer: string | undefined; // CAP DEL and NEW may come in between
     while (answer !== "ACK" && answer !== "NAK") answer = (await link.next(/^CAP$/)).params[1];
-    if (answer !== "ACK") throw new Fault(`${host}:${port} does not keep to what it offers`, "is it a chat server?");
+    if (answer !== "ACK") {
+      throw new Fault(`${bracketed(host)}:${port} does not keep to what it offers`, "is it a chat server?");
+    }
   }
   /** Sends the nick and proves to know the password, after asking for what is missing. @returns whether it is in */
   async #prove(link: Link): Promise<boolean> {
@@ -5655,7 +5660,6 @@ function openConsole(run: (line: string) => void, stop: () => void): Ui {
 }
 
 const UNKNOWN = "ADDRESS";
-const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
 
 /**
  * The names by which others reach a server that listens on `host`: where that means every address of this machine, all
