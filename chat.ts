@@ -3544,10 +3544,7 @@ abstract class PersonalUi implements Ui {
   }
   #typed(): void {
     const line = this.question ? undefined : this.events?.onTyped?.(this.editor.line);
-    if (line !== undefined) this.replaceLine(line);
-  }
-  protected replaceLine(line: string): void {
-    this.edit(line);
+    if (line !== undefined) this.edit(line);
   }
   /** Puts a text in place of the line that is being typed. */
   protected edit(text: string, cursor = text.length): void {
@@ -3614,12 +3611,13 @@ class PlainUi extends PersonalUi {
   protected redraw(): void {
     write(process.stdout, (this.question?.text ?? "") + (this.question?.hidden ? "" : this.editor.line));
   }
-  protected override replaceLine(line: string): void {
-    write(process.stdout, "\n");
-    super.replaceLine(line);
+  /** What was half typed stays on the screen, above what is in its place. */
+  protected override edit(text: string, cursor?: number): void {
+    if (this.editor.line) write(process.stdout, "\n");
+    super.edit(text, cursor);
   }
   protected override interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
-    write(process.stdout, "\n");
+    if (!this.editor.line) write(process.stdout, "\n");
     super.interrupt(key);
   }
 }
