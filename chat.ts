@@ -3267,21 +3267,20 @@ export function cells(text: string): number {
 /** The column width that a text has at most, whatever the terminal takes it for. */
 const cellsAtMost = (text: string) => sumOf([...text], (char) => /[ -~]/.test(char) ? 1 : 2);
 
-/** Joins grapheme clusters into parts that measure at most `most` each. */
-function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: string) => number): string[] {
-  const parts = [""];
+/** Breaks a text into rows, wherever a row ends, but not within a grapheme cluster. */
+function rowsOf(text: string, width: number, measure = cells): string[] {
+  const rows = [""];
   let used = 0;
-  for (const one of clusters) {
-    used += measure(one);
-    if (used <= most) parts[parts.length - 1] += one;
+  for (const cluster of graphemes(text)) {
+    used += measure(cluster);
+    if (used <= width) rows[rows.length - 1] += cluster;
     else {
-      parts.push(one);
-      used = measure(one);
+      rows.push(cluster);
+      used = measure(cluster);
     }
   }
-  return parts;
+  return rows;
 }
-const rowsOf = (text: string, width: number, measure = cells) => joinUpTo(width, graphemes(text), measure);
 
 /**
  * Breaks a text into rows: between words, and within a word that is longer than a row.
@@ -3444,12 +3443,16 @@ abstract class PersonalUi implements Ui {
     process.stdin.prependListener("end", () => this.#isGone = true);
     process.stdout.on("error", () => this.#gone());
     editor.on("close", () => this.#gone());
-    editor.on("line", (line) => this.#isGone || this.#entered(line)); // else nobody has pressed Enter
+    editor.on("line", (line) => {
+      if (this.#isGone) return; // nobody has pressed Enter
+      if (!this.#answerWith(line)) this.#enter([line], "typed");
+    });
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
     process.stdin.on("keypress", (_, key?: Key) => {
       if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
-      this.#typed();
+      const line = this.question ? undefined : this.events?.onTyped?.(editor.line);
+      if (line !== undefined) this.edit(line);
     });
     takePastes(process.stdin, (text) => this.#paste(text));
     this.#markPastes(true);
@@ -3542,10 +3545,6 @@ abstract class PersonalUi implements Ui {
   protected paint(code: number | string | undefined, text: string): string {
     return this.colours && code && text ? `\x1b[${code}m${text}\x1b[0m` : text;
   }
-  #typed(): void {
-    const line = this.question ? undefined : this.events?.onTyped?.(this.editor.line);
-    if (line !== undefined) this.edit(line);
-  }
   /** Puts a text in place of the line that is being typed. */
   protected edit(text: string, cursor = text.length): void {
     Object.assign(this.editor, { line: text, cursor });
@@ -3572,23 +3571,22 @@ abstract class PersonalUi implements Ui {
     this.edit(last + after, last.length);
     this.#enter(lines, "pasted");
   }
-  #entered(line: string): void {
+  /** Answers the question, or cancels it. @returns whether there was one */
+  #answerWith(text: string | undefined): boolean {
     const answer = this.#answer;
     this.#answer = undefined;
-    if (answer) answer(line);
-    else this.#enter([line], "typed");
+    answer?.(text);
+    return answer !== undefined;
   }
   /** Cancels the question, or clears the line; where there is neither, the person leaves. */
   protected interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
-    const answer = this.#answer;
-    this.#answer = undefined;
-    if (answer) return answer(undefined);
+    if (this.#answerWith(undefined)) return;
     const { line } = this.editor;
     this.edit("");
     if (!line) this.events?.onLeave(key);
   }
   #gone(): void {
-    this.#answer?.(undefined);
+    this.#answerWith(undefined);
     if (!this.closed) this.events?.onGone();
   }
 }
