@@ -3348,8 +3348,9 @@ function openEditor(echo: (text: string) => void): readline.Interface {
 /* =====================================================================================================================
  * Interfaces
  * The user interface, in three implementations: a full terminal (in the next chapter), plain mode, and a pipe.
- * - What was said goes to standard output, in a pipe as `TIME<TAB>NICK<TAB>TEXT`. Everything else goes to standard
- *   error as `chat: …` in lower case, with a `chat: hint: …` where there is something to try.
+ * - A terminal shows what was said with its time and nick, and everything else behind `--`.
+ * - In a pipe what was said goes to standard output as `TIME<TAB>TARGET<TAB>NICK<TAB>TEXT`, and everything else to
+ *   standard error as `chat: …`.
  * - Plain mode is for screen readers and dumb terminals: nothing is drawn twice, and there is no colour.
  * - Text from the wire has the type Clean, and an interface takes nothing else.
  * ================================================================================================================== */
@@ -4834,7 +4835,7 @@ class Client implements ConnectionEvents {
   #isFinishing = false; // it leaves when everything has been sent
   #leaveAskedAt = -Infinity;
   #boot = ""; // the boot id of the server
-  #isGreeted = false; // on this connection the server has told its boot id
+  #knowsBoot = false; // on this connection the server has sent its boot id
   #progressAt = 0; // when it began to finish, or a message was acknowledged since
   #gaveUp = false;
   constructor(options: Settings) {
@@ -4895,7 +4896,7 @@ class Client implements ConnectionEvents {
   // ---- The connection
 
   onWelcome(link: Link, isReturning: boolean): void {
-    this.#isGreeted = false;
+    this.#knowsBoot = false;
     if (!isReturning) link.send("CAP", ["REQ", "draft/chathistory"]); // see Login
     const { rooms, current } = this.conversations;
     for (const { name } of rooms.values()) link.send("JOIN", [name]);
@@ -4934,7 +4935,7 @@ class Client implements ConnectionEvents {
   #proceed(): void {
     if (this.connection.isOver) return;
     const { link, room } = this;
-    if (link && this.#isGreeted && room?.state !== "absent") this.#queue.pump(link, this.target);
+    if (link && this.#knowsBoot && room?.state !== "absent") this.#queue.pump(link, this.target);
     if (this.#isFinishing && !this.waiting && this.conversations.hasJoined) return this.connection.leave();
     this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
   }
@@ -5040,7 +5041,7 @@ class Client implements ConnectionEvents {
         return this.note(wordsOf(line));
       case "376": // the end of what comes first
       case "422":
-        this.#isGreeted = true;
+        this.#knowsBoot = true;
         return;
       case "005":
         this.#noteBoot(line.params.find((token) => token.startsWith("BOOT="))?.slice(5));
@@ -5361,7 +5362,7 @@ const USAGE = `chat: an encrypted group chat
   chat help  [serve|join]                tell all options
   chat version`;
 
-const SECRETS = {
+const MORE_HELP = {
   serve: `To keep the accounts over a restart:
   umask 077; chat serve --accounts <accounts.txt >>accounts.txt
   An empty line ends them; what follows are commands with a slash.
@@ -5380,7 +5381,7 @@ Environment:
 function help(command = ""): string {
   if (command !== "serve" && command !== "join") return USAGE;
   const synopsis = USAGE.split("\n").find((line) => line.startsWith(`  chat ${command}`))?.trim();
-  return [synopsis, "", ...helpLines(OPTIONS[command], "  --"), "", SECRETS[command]].join("\n");
+  return [synopsis, "", ...helpLines(OPTIONS[command], "  --"), "", MORE_HELP[command]].join("\n");
 }
 
 /** The options given, by name, of the types that the readers in OPTIONS return. An option without a value is true. */
