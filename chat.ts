@@ -3124,9 +3124,9 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
     [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
     [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
     [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
-    [/^/, `cannot listen on ${bracketed(host)}:${port}: ${message}`, `${CHAT} help serve`],
   ];
-  const [, what = message, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ?? [];
+  const [, what, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ??
+    ["", `cannot listen on ${bracketed(host)}:${port}: ${message}`, `${CHAT} help serve`];
   return new Fault(what, hint);
 }
 
@@ -4783,7 +4783,6 @@ function splitText(text: string, source: string, target: string, wrapping: strin
 class SendQueue {
   readonly #instance = crypto.randomBytes(9).toString("base64url");
   readonly messages = new Map<number, Outgoing>(); // by number; the acknowledged ones are gone
-  refused = 0; // messages that the server did not take
   #number = 0;
   #sent = 0; // the highest number sent on this connection
   add(message: Outgoing): void {
@@ -4812,13 +4811,11 @@ class SendQueue {
     }
   }
   /** Takes the key of a message that the server has executed or refused. @returns the message, if it is one of ours */
-  acknowledge(key = "", isRefused = false): Outgoing | undefined {
+  acknowledge(key = ""): Outgoing | undefined {
     const [instance, digits] = key.split(/-(?=\d+$)/);
     const number = Number(digits);
     const message = instance === this.#instance ? this.messages.get(number) : undefined;
-    if (!message) return undefined;
-    this.messages.delete(number);
-    if (isRefused) this.refused++;
+    if (message) this.messages.delete(number);
     return message;
   }
 }
@@ -4838,6 +4835,7 @@ class Client implements ConnectionEvents {
   #knowsBoot = false; // on this connection the server has sent its boot id
   #progressAt = 0; // when it began to finish, or a message was acknowledged since
   #gaveUp = false;
+  #hasFailed = false; // to do something that was entered: a script ends with status 1 then
   constructor(options: Settings) {
     const { ui, clock, room = "" } = options;
     this.ui = ui;
@@ -4853,7 +4851,7 @@ class Client implements ConnectionEvents {
     const { messages } = this.#queue;
     try {
       await this.connection.run();
-      const isIncomplete = this.#gaveUp || messages.size || (this.#queue.refused && !this.ui.hasPerson);
+      const isIncomplete = this.#gaveUp || messages.size || (this.#hasFailed && !this.ui.hasPerson);
       return this.#login.isReturning && !isIncomplete ? 0 : 1;
     } finally {
       this.transcript.end();
@@ -4887,9 +4885,9 @@ class Client implements ConnectionEvents {
   note(text: string): void {
     this.transcript.note(text);
   }
-  /** Says why something that was entered is not done. A script ends with status 1 then. */
-  mistake(text: string): void {
-    this.#queue.refused++;
+  /** Says why something that was entered is not done. */
+  fail(text: string): void {
+    this.#hasFailed = true;
     this.note(text);
   }
 
@@ -4907,11 +4905,11 @@ class Client implements ConnectionEvents {
   onLine(line: Line): void {
     const { command, tags } = line;
     const isRefused = /^([45]\d\d|FAIL)$/.test(command);
-    const message = this.#queue.acknowledge(tags.get(ONCE), isRefused);
+    const message = this.#queue.acknowledge(tags.get(ONCE));
     if (message) {
       this.#progressAt = this.#options.clock.now();
       if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput?.(false);
-      if (isRefused) this.note(`not sent: ${describeOutgoing(message)}`);
+      if (isRefused) this.fail(`not sent: ${describeOutgoing(message)}`);
     }
     if (!this.conversations.takeBatched(line)) this.#dispatch(line);
     this.#proceed();
@@ -4954,7 +4952,7 @@ class Client implements ConnectionEvents {
   /** Sends a command now, or says that it cannot. */
   request(command: string, ...params: readonly string[]): void {
     if (this.link) this.link.send(command, params);
-    else this.mistake("not connected");
+    else this.fail("not connected");
   }
   /** Leaves when everything has been sent. */
   finish(): void {
@@ -4969,7 +4967,7 @@ class Client implements ConnectionEvents {
   say(target: string, text: string, wrapPart = (part: string) => part): void {
     const to = target || this.target;
     this.conversations.unread.delete(fold(to));
-    if (!to && this.conversations.hasJoined) return this.mistake("you are in no room: /join #ROOM enters one");
+    if (!to && this.conversations.hasJoined) return this.fail("you are in no room: /join #ROOM enters one");
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
@@ -5060,7 +5058,7 @@ class Client implements ConnectionEvents {
     this.#boot = boot ?? this.#boot;
     if (!isOther || boot === KEPT_BOOT) return;
     this.note("the server was restarted without its accounts: nicks may belong to others now");
-    for (const message of this.#queue.dropPrivate()) this.note(`not sent: ${describeOutgoing(message)}`);
+    for (const message of this.#queue.dropPrivate()) this.fail(`not sent: ${describeOutgoing(message)}`);
   }
 }
 
@@ -5098,16 +5096,16 @@ const SLASH: Table<SlashCommand> = {
   msg: row("NICK TEXT", "say something to one person: /msg bo are you there?", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
     if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
-    else client.mistake(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
+    else client.fail(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
   }),
   r: row("TEXT", "answer who wrote to you last", (client, rest) => {
     const { correspondent } = client.transcript;
     if (correspondent) client.say(correspondent, rest);
-    else client.mistake("nobody has written to you yet");
+    else client.fail("nobody has written to you yet");
   }),
   query: row("NICK", "talk to one person from now on, until /join or Alt-1", (client, rest) => {
     if (isNick(rest) && !client.isMe(rest)) client.talkTo(rest);
-    else client.mistake(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
+    else client.fail(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
   }),
   me: row("TEXT", "say what you do: /me pours coffee", (client, rest) => {
     client.say("", rest, (part) => `\x01ACTION ${part}\x01`);
@@ -5115,12 +5113,12 @@ const SLASH: Table<SlashCommand> = {
   join: row("#ROOM", "enter a room, or switch to it; Alt-1 … Alt-9 switch as well", (client, rest) => {
     const name = roomIn(rest);
     if (isRoom(name)) client.talkTo(name);
-    else client.mistake(`${name} is not a valid name of a room`);
+    else client.fail(`${name} is not a valid name of a room`);
   }),
   part: row("[#ROOM]", "leave this room, or another one", (client, rest) => {
     const name = rest ? roomIn(rest) : client.target;
     if (name.startsWith("#")) client.request("PART", name);
-    else client.mistake(noRoom(name));
+    else client.fail(noRoom(name));
   }),
   rooms: row("", "list all rooms", (client) => client.request("LIST")),
   who: row("", "list who is in this room", (client) => {
@@ -5131,7 +5129,7 @@ const SLASH: Table<SlashCommand> = {
   }),
   topic: row("[TEXT]", "show or set the room's topic; /topic - removes it", (client, rest) => {
     const { room, target } = client;
-    if (!target.startsWith("#")) return client.mistake(noRoom(target));
+    if (!target.startsWith("#")) return client.fail(noRoom(target));
     if (rest || !room) return client.request("TOPIC", target, ...rest ? [rest === "-" ? "" : rest] : []);
     client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
   }),
@@ -5139,8 +5137,8 @@ const SLASH: Table<SlashCommand> = {
   away: row("[TEXT]", "say that you are away, or are back", (client, rest) => client.request("AWAY", rest)),
   ignore: row("[NICK]", "hide what somebody says, or show it again", (client, rest) => {
     const { ignored } = client.transcript;
-    if (rest && !isNick(rest)) return client.mistake(`${rest} is not a valid nick`);
-    if (client.isMe(rest)) return client.mistake("you cannot ignore yourself");
+    if (rest && !isNick(rest)) return client.fail(`${rest} is not a valid nick`);
+    if (client.isMe(rest)) return client.fail("you cannot ignore yourself");
     const wasHidden = ignored.delete(fold(rest));
     if (rest && !wasHidden) ignored.add(fold(rest));
     if (wasHidden) client.conversations.oldest.clear(); // so that /history shows it
@@ -5154,7 +5152,7 @@ const SLASH: Table<SlashCommand> = {
     transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
   tls: row("", "describe the connection", (client) => {
-    if (!client.link) return client.mistake("not connected");
+    if (!client.link) return client.fail("not connected");
     for (const fact of client.link.facts()) client.note(layOut(fact));
   }),
   password: row("", "change your password", askNewPassword),
@@ -5177,7 +5175,7 @@ const ALIASES = { quit: "exit", leave: "part", list: "rooms", names: "who", j: "
 function showHelp(client: Client, rest: string): void {
   const name = rest.replace(/^\//, "");
   const found = findCommand(name);
-  if (name && !found) return client.mistake(`there is no /${name}`);
+  if (name && !found) return client.fail(`there is no /${name}`);
   const table = found ? { [name]: found } : SLASH;
   for (const line of helpLines(table, "/")) client.note(line);
   if (!name) client.note("//TEXT               say something that begins with a slash");
@@ -5186,7 +5184,7 @@ function showHelp(client: Client, rest: string): void {
 function showHistory(client: Client, rest: string): void {
   const { link, target, conversations } = client;
   const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
-  if (!link || !target) return client.mistake(link ? noRoom("") : "not connected");
+  if (!link || !target) return client.fail(link ? noRoom("") : "not connected");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
     client.note("the history is being loaded");
   } else if (wanted > LIMITS.chathistory) {
@@ -5221,9 +5219,9 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
   const found = findCommand(name);
   if (name === "nick") return client.note("your nick is your account: leave, and join with another one");
   if (!found) {
-    return client.mistake(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
+    return client.fail(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
   }
-  if (/^[^[]/.test(found.usage) && !rest) return client.mistake(`/${name} ${found.usage}: ${found.about}`);
+  if (/^[^[]/.test(found.usage) && !rest) return client.fail(`/${name} ${found.usage}: ${found.about}`);
   return found.run(client, rest);
 }
 
@@ -5231,7 +5229,7 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
 const isCommand = (text: string) => findCommand(/^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 async function askNewPassword(client: Client): Promise<void> {
-  if (!client.link) return client.mistake("not connected");
+  if (!client.link) return client.fail("not connected");
   const password = await client.ui.ask(clean("New password: "), true);
   const again = password && await client.ui.ask(clean("Repeat it: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
