@@ -5123,7 +5123,7 @@ const SLASH: Table<SlashCommand> = {
   rooms: row("", "list all rooms", (client) => client.request("LIST")),
   who: row("", "list who is in this room", (client) => {
     const { room, target } = client;
-    if (!room) return client.note(target.startsWith("#") ? `you are not in ${target} yet` : noRoom(target));
+    if (!room) return client.fail(target.startsWith("#") ? `you are not in ${target} yet` : noRoom(target));
     const { name, nicks } = room;
     client.note(`${plural(nicks.size, "person", "people")} in ${name}: ${[...nicks.values()].join(", ")}`);
   }),
@@ -5186,7 +5186,7 @@ function showHistory(client: Client, rest: string): void {
   const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
   if (!link || !target) return client.fail(link ? noRoom("") : "not connected");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
-    client.note("the history is being loaded");
+    client.fail("the history is being loaded");
   } else if (wanted > LIMITS.chathistory) {
     client.note(`${LIMITS.chathistory} lines come at a time; /history again shows more`);
   }
@@ -5217,7 +5217,7 @@ async function enter(client: Client, texts: readonly string[], how: Input): Prom
 
 function runCommand(client: Client, name: string, rest: string): void | Promise<void> {
   const found = findCommand(name);
-  if (name === "nick") return client.note("your nick is your account: leave, and join with another one");
+  if (name === "nick") return client.fail("your nick is your account: leave, and join with another one");
   if (!found) {
     return client.fail(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
   }
@@ -5539,15 +5539,17 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
   const early: string[] = []; // commands that came before the server listens
   let take = (_line: string) => {};
   const isCut = await new Promise<boolean>((done) => {
+    let end = (rest: string) => {
+      if (rest) log.print("the last line of the accounts was cut off, and is lost");
+      done(rest !== "");
+    };
     take = (line) => {
       if (line.trim()) return void records.push(line);
       take = (command) => early.push(command);
+      end = (command) => take(command); // which needs no line break
       done(false);
     };
-    readInput((line) => take(line), (rest) => {
-      if (rest) log.print("the last line of the accounts was cut off, and is lost");
-      done(rest !== "");
-    });
+    readInput((line) => take(line), (rest) => end(rest));
   });
   const onCommand = (run: (line: string) => void) => {
     take = (line) =>
