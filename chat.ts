@@ -288,6 +288,7 @@ const scrypt = (password: Buffer | string, salt: Buffer | string, bytes: number,
   });
 const base64 = (data: Buffer) => data.toString("base64");
 const fromBase64 = (text = "") => Buffer.from(text, "base64");
+const sumOf = <T>(items: readonly T[], sizeOf: (item: T) => number) => items.reduce((sum, one) => sum + sizeOf(one), 0);
 const plural = (count: number, one: string, many: string) => `${count} ${count === 1 ? one : many}`;
 
 /** Looks up a row of a table, but none of what every object inherits. */
@@ -2922,7 +2923,9 @@ export async function serve({ host, port, identity, keylog, ...options }: ServeO
   return { server, stop, port: typeof address === "object" && address ? address.port : port };
 }
 
-const farEnd = ({ remoteAddress, remotePort }: tls.TLSSocket) => `${remoteAddress}:${remotePort}`;
+/** A host as it stands before a port. */
+const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
+const farEnd = ({ remoteAddress = "", remotePort }: tls.TLSSocket) => `${bracketed(remoteAddress)}:${remotePort}`;
 
 /** Closes a connection that has sent too many bytes which brought no text. */
 type Check = (isBusy: boolean) => void;
@@ -2930,10 +2933,8 @@ type Check = (isBusy: boolean) => void;
 /** Checks the silent bytes of all connections: often while there are some that have not logged in. */
 function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>): { hurry(): void; stop(): void } {
   let timer: NodeJS.Timeout | undefined;
-  let dueAt = 0;
-  let isOver = false;
+  let dueAt = Infinity;
   const wait = (ms: number) => {
-    if (isOver) return;
     clearTimeout(timer);
     dueAt = performance.now() + ms;
     timer = setTimeout(run, ms);
@@ -2943,14 +2944,10 @@ function watchSilence(server: Server, sockets: ReadonlyMap<tls.TLSSocket, Check>
     for (const check of sockets.values()) check(isBusy);
     wait(server.occupancy.guests ? LIMITS.silentMs : 10 * LIMITS.silentMs);
   };
-  const stop = () => {
-    isOver = true;
-    clearTimeout(timer);
-  };
   const hurry = () => { // but never later than it is due
-    if (!timer || dueAt - performance.now() > LIMITS.silentMs) wait(LIMITS.silentMs);
+    if (dueAt - performance.now() > LIMITS.silentMs) wait(LIMITS.silentMs);
   };
-  return { hurry, stop };
+  return { hurry, stop: () => clearTimeout(timer) };
 }
 
 /** A TCP connection. */
@@ -2974,21 +2971,17 @@ function takeIn(listener: tls.Server, server: Server, arrivals: Map<string, Arri
     server.occupancy.enter(arrival);
     const pace = paces.of(siteOf(address));
     pace.charge(1);
-    let cancel = () => {};
+    let cancelWait: (() => void) | undefined; // while it waits
     const start = () => {
-      cancel = () => {};
+      cancelWait = undefined;
       startTls?.call(listener, socket);
     };
-    if (pace.throttleMs > 0) {
-      const cancelTimer = clock.after(pace.throttleMs, start);
-      cancel = () => {
-        cancelTimer();
-        pace.refund(1);
-      };
-    } else start();
+    if (pace.throttleMs > 0) cancelWait = clock.after(pace.throttleMs, start);
+    else start();
     socket.on("error", () => {}); // it may be lost before TLS looks after it
     socket.on("close", () => {
-      cancel();
+      if (cancelWait) pace.refund(1);
+      cancelWait?.();
       server.occupancy.leave(arrival);
       if (arrivals.get(end) === arrival) arrivals.delete(end); // else another one has the same port by now
     });
@@ -3081,14 +3074,14 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
     [
       /EADDRINUSE|in use/i,
       `port ${port} is in use already`,
-      `are you serving already? ${CHAT} serve ${port + 1} takes another one`,
+      `are you serving already? ${CHAT} serve ${bracketed(host)}:${port + 1} takes another one`,
     ],
     [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
     [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
     [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
-    [/^/, `cannot listen on ${host}:${port}: ${message}`, `${CHAT} help serve`],
   ];
-  const [, what = message, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ?? [];
+  const [, what, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ??
+    ["", `cannot listen on ${bracketed(host)}:${port}: ${message}`, `${CHAT} help serve`];
   return new Fault(what, hint);
 }
 
@@ -3223,30 +3216,26 @@ const EMOJI_SEQUENCE = /^\p{RI}\p{RI}|^\p{Emoji}.*[\uFE0F\u200D\u{1F3FB}-\u{1F3F
 export function cells(text: string): number {
   if (/^[ -~]*$/.test(text)) return text.length;
   const widthOf = (char: string) => WIDE.test(char) ? 2 : ZERO.test(char) ? 0 : 1;
-  return graphemes(text).reduce(
-    (sum, one) => sum + (EMOJI_SEQUENCE.test(one) ? 2 : [...one].reduce((all, char) => all + widthOf(char), 0)),
-    0,
-  );
+  return sumOf(graphemes(text), (cluster) => EMOJI_SEQUENCE.test(cluster) ? 2 : sumOf([...cluster], widthOf));
 }
 
 /** The column width that a text has at most, whatever the terminal takes it for. */
-const cellsAtMost = (text: string) => [...text].reduce((sum, char) => sum + (/[ -~]/.test(char) ? 1 : 2), 0);
+const cellsAtMost = (text: string) => sumOf([...text], (char) => /[ -~]/.test(char) ? 1 : 2);
 
-/** Joins grapheme clusters into parts that measure at most `most` each. */
-function joinUpTo(most: number, clusters: readonly string[], measure: (cluster: string) => number): string[] {
-  const parts = [""];
+/** Breaks a text into rows, wherever a row ends, but not within a grapheme cluster. */
+function rowsOf(text: string, width: number, measure = cells): string[] {
+  const rows = [""];
   let used = 0;
-  for (const one of clusters) {
-    used += measure(one);
-    if (used <= most) parts[parts.length - 1] += one;
+  for (const cluster of graphemes(text)) {
+    used += measure(cluster);
+    if (used <= width) rows[rows.length - 1] += cluster;
     else {
-      parts.push(one);
-      used = measure(one);
+      rows.push(cluster);
+      used = measure(cluster);
     }
   }
-  return parts;
+  return rows;
 }
-const rowsOf = (text: string, width: number, measure = cells) => joinUpTo(width, graphemes(text), measure);
 
 /**
  * Breaks a text into rows: between words, and within a word that is longer than a row.
@@ -3314,8 +3303,9 @@ function openEditor(echo: (text: string) => void): readline.Interface {
 /* =====================================================================================================================
  * Interfaces
  * The user interface, in three implementations: a full terminal (in the next chapter), plain mode, and a pipe.
- * - What was said goes to standard output, in a pipe as `TIME<TAB>NICK<TAB>TEXT`. Everything else goes to standard
- *   error as `chat: …` in lower case, with a `chat: hint: …` where there is something to try.
+ * - A terminal shows what was said with its time and nick, and everything else behind `--`.
+ * - In a pipe what was said goes to standard output as `TIME<TAB>TARGET<TAB>NICK<TAB>TEXT`, and everything else to
+ *   standard error as `chat: …`.
  * - Plain mode is for screen readers and dumb terminals: nothing is drawn twice, and there is no colour.
  * - Text from the wire has the type Clean, and an interface takes nothing else.
  * ================================================================================================================== */
@@ -3332,6 +3322,7 @@ interface Message {
   readonly isOld: boolean; // from the history
   readonly isElsewhere: boolean; // in another room than the one that is talked in
   readonly isForMe: boolean; // private, or it names me
+  readonly rings: boolean; // the bell
 }
 
 /** How lines were entered: as text, which is never a command, typed, or pasted, which may be one after a question. */
@@ -3340,14 +3331,15 @@ type Input = "text" | "typed" | "pasted";
 /** What an interface reports. */
 export interface UiEvents {
   onLines(lines: readonly string[], how: Input): void;
-  onEnd(): void; // there is no more input
+  onEnd?(): void; // a pipe has no more input
   onLeave(key: "Ctrl-C" | "Ctrl-D"): void; // pressed when nothing was typed or asked
-  onSwitch(number: number): void; // Alt-1 … 9
+  onSwitch?(number: number): void; // Alt-1 … 9
   onGone(): void; // the terminal has gone, or nobody reads the output any more
-  onTab(before: string): readonly string[]; // what could stand in place of the text before the cursor
-  onTyped(line: string): string | undefined; // what is to stand in place of the line
+  onTab?(before: string): readonly string[]; // what could stand in place of the text before the cursor
+  onTyped?(line: string): string | undefined; // what is to stand in place of the line
 }
 
+/** A user interface. It leaves out what it has no use for. */
 export interface Ui {
   readonly hasPerson: boolean; // somebody who can answer, and wants to see what was said before
   /** Reports what happens from now on, except lines. */
@@ -3359,16 +3351,15 @@ export interface Ui {
   /** Shows that one is in the first room. */
   welcome(room: Clean, nick: Clean, others: Clean): void;
   /** Shows what only a person wants to know: who joined and left, that a day has begun. */
-  aside(text: Clean): void;
+  aside?(text: Clean): void;
   /** Shows that something else begins: another room, the history. */
-  rule(title: Clean): void;
-  bell(): void;
+  rule?(title: Clean): void;
   /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
   ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
-  setPrompt(prompt: Clean): void;
+  setPrompt?(prompt: Clean): void;
   /** Stops reading input for a while, where it comes by itself. */
-  holdInput(hold: boolean): void;
-  clear(): void;
+  holdInput?(hold: boolean): void;
+  clear?(): void;
   close(): void;
 }
 
@@ -3385,11 +3376,11 @@ abstract class PersonalUi implements Ui {
   protected readonly editor: readline.Interface;
   protected question: { readonly text: Clean; readonly hidden: boolean } | undefined;
   protected closed = false;
+  protected events: UiEvents | undefined;
   readonly #closeEditor: () => void; // readline calls its own `close` at Ctrl-D, which ends nothing here
   #isGone = false; // the terminal
   #answer: ((text: string | undefined) => void) | undefined;
   #asked: Promise<string | undefined> | undefined; // one question at a time
-  #events: UiEvents | undefined;
   #accepts = false;
   #early: { readonly lines: readonly string[]; readonly how: Input }[] = []; // entered before lines were accepted
   #hasHidden = false; // an answer, so that one of those lines may be a password
@@ -3408,17 +3399,23 @@ abstract class PersonalUi implements Ui {
     process.stdin.prependListener("end", () => this.#isGone = true);
     process.stdout.on("error", () => this.#gone());
     editor.on("close", () => this.#gone());
-    editor.on("line", (line) => this.#isGone || this.#entered(line)); // else nobody has pressed Enter
+    editor.on("line", (line) => {
+      if (this.#isGone) return; // nobody has pressed Enter
+      if (!this.#answerWith(line)) this.#enter([line], "typed");
+    });
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
     process.stdin.on("keypress", (_, key?: Key) => {
-      if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.#events?.onSwitch(Number(key.name));
-      this.#typed();
+      if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
+      const line = this.question ? undefined : this.events?.onTyped?.(editor.line);
+      if (line !== undefined) this.edit(line);
     });
-    editor.on("SIGCONT", () => editor.resume()); // it has paused, and relies on a prompt of its own to go on
     takePastes(process.stdin, (text) => this.#paste(text));
     this.#markPastes(true);
-    editor.on("SIGCONT", () => this.#markPastes(true));
+    editor.on("SIGCONT", () => {
+      editor.resume(); // it has paused, and relies on a prompt of its own to go on
+      this.#markPastes(true);
+    });
   }
   /** Has the terminal put marks around pastes, or no longer. */
   #markPastes(on: boolean): void {
@@ -3436,14 +3433,14 @@ abstract class PersonalUi implements Ui {
   protected answered(_shown: string): void {}
 
   listen(events: UiEvents): void {
-    this.#events = events;
+    this.events = events;
   }
   acceptLines(): void {
     if (this.#accepts) return;
     this.#accepts = true;
     const early = this.#early.splice(0);
     if (early.length && this.#hasHidden) return this.note(clean("what you typed before you were in is not sent"));
-    for (const { lines, how } of early) this.#events?.onLines(lines, how);
+    for (const { lines, how } of early) this.events?.onLines(lines, how);
   }
   /** The nick is followed by where it was said, if that is elsewhere: `bo>ana` or `bo#lab`, as no nick looks. */
   message({ time, nick, target, text, ...message }: Message): void {
@@ -3454,6 +3451,7 @@ abstract class PersonalUi implements Ui {
     const style = message.isOld ? DIM : message.isForMe ? BOLD : undefined;
     const head = `${this.paint(DIM, clockTime(time))} ${message.isAction ? "* " : ""}${name}${place}${padding} `;
     this.show(head, text, style);
+    if (message.rings) write(process.stdout, "\x07");
   }
   note(text: Clean): void {
     this.show(this.paint(DIM, "-- "), text, DIM);
@@ -3468,12 +3466,6 @@ abstract class PersonalUi implements Ui {
   rule(title: Clean): void {
     this.show(this.paint(DIM, "── "), clean(`${title} ──`), DIM);
   }
-  bell(): void {
-    write(process.stdout, "\x07");
-  }
-  setPrompt(_prompt: Clean): void {}
-  holdInput(_hold: boolean): void {}
-  clear(): void {}
   /** A line that is half typed, or the rest of a paste, is no answer: it is put aside during the question. */
   async ask(question: Clean, hidden = false): Promise<string | undefined> {
     while (this.#asked) await this.#asked;
@@ -3509,23 +3501,13 @@ abstract class PersonalUi implements Ui {
   protected paint(code: number | string | undefined, text: string): string {
     return this.colours && code && text ? `\x1b[${code}m${text}\x1b[0m` : text;
   }
-  protected complete(before: string): readonly string[] {
-    return this.#events?.onTab(before) ?? [];
-  }
-  #typed(): void {
-    const line = this.question ? undefined : this.#events?.onTyped(this.editor.line);
-    if (line !== undefined) this.replaceLine(line);
-  }
-  protected replaceLine(line: string): void {
-    this.edit(line);
-  }
   /** Puts a text in place of the line that is being typed. */
   protected edit(text: string, cursor = text.length): void {
     Object.assign(this.editor, { line: text, cursor });
     this.redraw();
   }
-  protected enter(lines: readonly string[], how: Input): void {
-    if (this.#accepts) this.#events?.onLines(lines, how);
+  #enter(lines: readonly string[], how: Input): void {
+    if (this.#accepts) this.events?.onLines(lines, how);
     else this.#early.push({ lines, how });
   }
   /**
@@ -3543,26 +3525,25 @@ abstract class PersonalUi implements Ui {
     const lines = (before + text).split("\n");
     const last = lines.pop() ?? "";
     this.edit(last + after, last.length);
-    this.enter(lines, "pasted");
+    this.#enter(lines, "pasted");
   }
-  #entered(line: string): void {
+  /** Answers the question, or cancels it. @returns whether there was one */
+  #answerWith(text: string | undefined): boolean {
     const answer = this.#answer;
     this.#answer = undefined;
-    if (answer) answer(line);
-    else this.enter([line], "typed");
+    answer?.(text);
+    return answer !== undefined;
   }
   /** Cancels the question, or clears the line; where there is neither, the person leaves. */
   protected interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
-    const answer = this.#answer;
-    this.#answer = undefined;
-    if (answer) return answer(undefined);
+    if (this.#answerWith(undefined)) return;
     const { line } = this.editor;
     this.edit("");
-    if (!line) this.#events?.onLeave(key);
+    if (!line) this.events?.onLeave(key);
   }
   #gone(): void {
-    this.#answer?.(undefined);
-    if (!this.closed) this.#events?.onGone();
+    this.#answerWith(undefined);
+    if (!this.closed) this.events?.onGone();
   }
 }
 
@@ -3584,12 +3565,13 @@ class PlainUi extends PersonalUi {
   protected redraw(): void {
     write(process.stdout, (this.question?.text ?? "") + (this.question?.hidden ? "" : this.editor.line));
   }
-  protected override replaceLine(line: string): void {
-    write(process.stdout, "\n");
-    super.replaceLine(line);
+  /** What was half typed stays on the screen, above what is in its place. */
+  protected override edit(text: string, cursor?: number): void {
+    if (this.editor.line) write(process.stdout, "\n");
+    super.edit(text, cursor);
   }
   protected override interrupt(key: "Ctrl-C" | "Ctrl-D"): void {
-    write(process.stdout, "\n");
+    if (!this.editor.line) write(process.stdout, "\n");
     super.interrupt(key);
   }
 }
@@ -3610,7 +3592,7 @@ class PipeUi implements Ui {
     this.#reader.on("line", (line) => this.#enter(line));
     this.#reader.on("close", () => {
       this.#ended = true;
-      this.#events?.onEnd();
+      this.#events?.onEnd?.();
     });
     process.stdout.on("error", () => this.#events?.onGone());
   }
@@ -3638,19 +3620,14 @@ class PipeUi implements Ui {
   welcome(room: Clean, nick: Clean, others: Clean): void {
     this.note(clean(`in ${room} as ${nick}; here: ${others || "nobody else"}`));
   }
-  aside(): void {}
-  rule(): void {}
-  bell(): void {}
   ask(): Promise<undefined> {
     return Promise.resolve(undefined);
   }
-  setPrompt(): void {}
   holdInput(hold: boolean): void {
     if (this.#ended) return;
     if (hold) this.#reader.pause();
     else this.#reader.resume();
   }
-  clear(): void {}
   close(): void {
     this.#reader.close();
   }
@@ -3682,11 +3659,11 @@ class TerminalUi extends PersonalUi {
     process.stdout.on("resize", () => this.redraw());
     this.editor.on("SIGCONT", () => this.redraw());
   }
-  override setPrompt(prompt: Clean): void {
+  setPrompt(prompt: Clean): void {
     this.#prompt = prompt;
     this.redraw();
   }
-  override clear(): void {
+  clear(): void {
     write(process.stdout, "\x1b[H\x1b[2J\x1b[3J");
     this.#drawn = NOTHING_DRAWN;
     this.redraw();
@@ -3708,7 +3685,10 @@ class TerminalUi extends PersonalUi {
     const rows = wrap(text, this.columns - 1 - indent).map((row) => this.paint(style, row));
     const first = width > indent ? head : head + rows.shift();
     const margin = " ".repeat(indent - MARGIN.length) + this.paint(DIM, MARGIN);
-    this.#print([first, ...rows.map((row) => margin + row)]);
+    this.#printed.push(first, ...rows.map((row) => margin + row));
+    const excess = this.#isUnread ? this.#printed.length - LIMITS.unreadRows : 0;
+    if (excess > 0) this.#unshown += this.#printed.splice(0, excess).length;
+    this.redraw();
   }
   #pressed(key?: Key): void {
     this.#skipCluster(key);
@@ -3731,19 +3711,15 @@ class TerminalUi extends PersonalUi {
   /** Completes the text before the cursor; pressed again, in the next way. */
   #complete(): void {
     const { line, cursor } = this.editor;
-    const before = line.slice(0, cursor).replace(this.question ? /\t/g : "", "");
-    const { options, next } = this.#completion ?? { options: this.question ? [] : this.complete(before), next: 0 };
+    const typed = line.slice(0, cursor);
+    const before = this.question ? typed.replaceAll("\t", "") : typed; // an answer has no tabs
+    const { options, next } = this.#completion ??
+      { options: this.question ? [] : this.events?.onTab?.(before) ?? [], next: 0 };
     this.#completion = { options, next: (next + 1) % options.length };
     const completed = options[next] ?? before;
     this.edit(completed + line.slice(cursor), completed.length);
   }
 
-  #print(rows: readonly string[]): void {
-    this.#printed.push(...rows);
-    const excess = this.#isUnread ? this.#printed.length - LIMITS.unreadRows : 0;
-    if (excess > 0) this.#unshown += this.#printed.splice(0, excess).length;
-    this.redraw();
-  }
   protected redraw(): void {
     if (this.#isDrawDue || this.closed) return;
     this.#isDrawDue = true;
@@ -3760,8 +3736,9 @@ class TerminalUi extends PersonalUi {
   #draw(withPrompt: boolean): void {
     this.#isDrawDue = false;
     const columns = this.columns; // the terminal may have become narrower, and have wrapped the rows
-    const above = this.#drawn.rows.slice(0, this.#drawn.row).map((width) => Math.max(1, Math.ceil(width / columns)));
-    const up = above.reduce((sum, rows) => sum + rows, 0) + Math.floor(this.#drawn.column / columns);
+    const above = this.#drawn.rows.slice(0, this.#drawn.row);
+    const rowsAbove = sumOf(above, (width) => Math.max(1, Math.ceil(width / columns)));
+    const up = rowsAbove + Math.floor(this.#drawn.column / columns);
     const printed = this.#printed;
     if (this.#unshown) printed.unshift(`-- ${plural(this.#unshown, "line", "lines")} not shown`);
     this.#printed = [];
@@ -3833,11 +3810,10 @@ class Link {
   readonly certificate: crypto.X509Certificate | undefined;
   trust = ""; // why the server is trusted; empty while it is not
   ended = ""; // why the connection has ended; empty while it has not
-  isDismissed = false; // the operator has ended it: reconnecting would be wrong
-  welcomedAt = 0; // by the monotonic clock; 0 before the welcome
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
-  explain: ((kind: string, text: string) => void) | undefined;
+  lesson: Folded | undefined; // is told of every line
+  #dismissal: Fault | undefined; // the operator has ended it
   readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
   #unread = 0; // characters in them
   #wake: () => void = () => {};
@@ -3861,7 +3837,7 @@ class Link {
     const line = { ...rest, tags: tags.size ? new Map([...tags].filter(([name]) => KNOWN_TAGS.has(name))) : NO_TAGS };
     if (line.command === "PING") return this.send("PONG", line.params);
     if (line.command === "ERROR") {
-      this.isDismissed = DISMISSAL.test(line.params.at(-1) ?? "");
+      this.#dismissal = dismissalOf(wordsOf(line));
       return this.end(wordsOf(line));
     }
     this.#unread = (this.#lines.push(line) === 1 ? 0 : this.#unread) + text.length;
@@ -3886,24 +3862,16 @@ class Link {
     const shown = text.replace(/^(AUTHENTICATE|REGISTER \* \*|PASS) \S{9,}/, "$1 …");
     const [kind = ""] = /^(:\S* )?\S+/.exec(text) ?? [];
     const tags = text === line ? "" : "@… "; // left out, but counted
-    this.explain?.(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
+    this.lesson?.tell(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
   }
-  /** Drops lines until one has this command, and returns it. @throws {Lost} once the connection has ended */
+  /** Drops lines until one has this command, and returns it. @throws {Fault} once the connection has ended */
   async next(command = /^/): Promise<Line> {
     for (;;) {
       const line = this.#lines.shift();
       if (line && command.test(line.command)) return line;
-      if (!line && this.isDismissed) {
-        {
-          const isKick = this.ended.startsWith("kicked");
-          throw new Fault(
-            this.ended.replace(/^kicked/, "you were kicked"),
-            isKick ? "you can join again" : "ask the operator",
-          );
-        }
-      }
-      if (!line && this.ended) throw new Lost(this.ended);
-      if (!line) await new Promise<void>((wake) => this.#wake = wake);
+      if (line) continue;
+      if (this.ended) throw this.#dismissal ?? new Lost(this.ended);
+      await new Promise<void>((wake) => this.#wake = wake);
     }
   }
   /** Describes the connection. */
@@ -3916,8 +3884,11 @@ class Link {
 const wordsOf = ({ params }: Line) =>
   clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]*:? )/, (first) => first.toLowerCase());
 
-/** What an operator's command ends a connection with. */
-const DISMISSAL = /^(Kicked|The operator|The account was deleted)/;
+/** The Fault of a connection that an operator's command has ended: reconnecting would be wrong. */
+function dismissalOf(why: string): Fault | undefined {
+  if (why.startsWith("kicked")) return new Fault(`you were ${why}`, "you can join again");
+  return /^the (operator|account was deleted)/.test(why) ? new Fault(why, "ask the operator") : undefined;
+}
 
 /** What goes wrong while connecting, by what the runtimes say about it: what that means, and what to try. */
 const CONNECT_FAULTS: readonly (readonly [pattern: RegExp, what: string, hint: string])[] = [
@@ -3957,7 +3928,7 @@ function connect({ host, port, ca, keylog, clock }: Settings): Promise<Link> {
       cancelTimeout();
       const [, what, hint] = CONNECT_FAULTS.find(([pattern]) => pattern.test(why)) ?? ["", why, "is it a chat server?"];
       socket.destroy();
-      reject(new Lost(`cannot join ${host}:${port}: ${what}`, hint));
+      reject(new Lost(`cannot join ${bracketed(host)}:${port}: ${what}`, hint));
     };
     const cancelTimeout = clock.after(LIMITS.joinMs, () => fail("timed out"));
     socket.on("error", (error: NodeJS.ErrnoException) => fail(`${error.code} ${error.message}`));
@@ -4015,7 +3986,6 @@ class Login {
       this.isReturning = true;
       this.hasAsked = false;
       this.#explain("6 the room: each line is text in a TLS record; lines that are written at once share one");
-      link.welcomedAt = this.#options.clock.now();
     } finally {
       this.#cancelDeadline();
     }
@@ -4078,8 +4048,7 @@ class Login {
     if (link.ended) throw new Lost(link.ended); // during the question
     if (!this.#options.explain) return;
     lessonOf(link.facts()).forEach((line) => this.#note(line));
-    const lines = new Folded((text) => this.#note(text));
-    link.explain = (kind, text) => lines.tell(kind, text);
+    link.lesson = new Folded((text) => this.#note(text));
   }
   /** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
   #problemOf(certificate: crypto.X509Certificate, isChainTrusted: boolean): string | undefined {
@@ -4093,7 +4062,7 @@ class Login {
   /** Has a person compare the check code with what the server's screen shows. @returns why it is trusted then */
   async #compare(key: crypto.KeyObject, problem: string): Promise<string> {
     const { host, port, ui } = this.#options;
-    const hint = `${CHAT} join ${host}:${port}/PIN, with the pin from the server's screen`;
+    const hint = `${CHAT} join ${bracketed(host)}:${port}/PIN, with the pin from the server's screen`;
     if (!ui.hasPerson) throw new Fault(`cannot verify this server: its certificate ${problem}`, hint, 3);
     this.#note(`cannot verify ${host}: its certificate ${problem}`);
     const code = await checkCodeOf(key);
@@ -4128,7 +4097,7 @@ class Login {
     const hasScram = offered.get("sasl")?.split(",").includes("SCRAM-SCRYPT-PLUS");
     if (!hasScram || !REQUIRED_CAPS.every((name) => offered.has(name))) {
       const hint = "an IRC client such as irssi gets in";
-      throw new Fault(`${host}:${port} is an IRC server, but not a chat server`, hint);
+      throw new Fault(`${bracketed(host)}:${port} is an IRC server, but not a chat server`, hint);
     }
     if (!offered.has(REGISTRATION) && !this.isReturning) {
       this.#note("registration is closed here: without an account, ask the operator for /admit NICK");
@@ -4138,7 +4107,9 @@ class Login {
     link.send("CAP", ["REQ", WANTED_CAPS.filter((name) => offered.has(name) && !isLater(name)).join(" ")]);
     let answer: string | undefined; // CAP DEL and NEW may come in between
     while (answer !== "ACK" && answer !== "NAK") answer = (await link.next(/^CAP$/)).params[1];
-    if (answer !== "ACK") throw new Fault(`${host}:${port} does not keep to what it offers`, "is it a chat server?");
+    if (answer !== "ACK") {
+      throw new Fault(`${bracketed(host)}:${port} does not keep to what it offers`, "is it a chat server?");
+    }
   }
   /** Sends the nick and proves to know the password, after asking for what is missing. @returns whether it is in */
   async #prove(link: Link): Promise<boolean> {
@@ -4240,7 +4211,7 @@ class Login {
 type Phase =
   | { readonly is: "connecting" }
   | { readonly is: "logging in"; readonly link: Link }
-  | { readonly is: "online"; readonly link: Link }
+  | { readonly is: "online"; readonly link: Link; readonly since: number } // by the monotonic clock
   | { readonly is: "waiting"; readonly retry: () => void }
   | { readonly is: "leaving"; readonly link: Link } // QUIT was sent
   | { readonly is: "left" };
@@ -4314,8 +4285,8 @@ class Connection {
         link = await connect(this.#options);
         await this.#use(link);
       } catch (error) {
-        link?.end(error instanceof Error ? error.message : "an error");
-        if (!this.isOver) await this.#recover(error, link);
+        link?.end("given up");
+        if (!this.isOver) await this.#recover(error);
       }
     }
   }
@@ -4326,18 +4297,19 @@ class Connection {
     const { isReturning } = this.#login;
     await this.#login.run(link);
     if (this.isOver) return link.end("left");
-    this.#phase = { is: "online", link };
+    this.#phase = { is: "online", link, since: this.#options.clock.now() };
     this.#events.onWelcome(link, isReturning);
     for (;;) this.#events.onLine(await link.next());
   }
   /** Waits until it is time to connect again. @throws {Fault} if that would not help */
-  async #recover(error: unknown, link: Link | undefined): Promise<void> {
-    const wasAsking = this.#login.hasAsked && Boolean(link?.ended); // the server did not wait for the person's answer
+  async #recover(error: unknown): Promise<void> {
+    const wasAsking = this.#login.hasAsked; // the server did not wait for the person's answer
     this.#login.hasAsked = false;
     if (!(error instanceof Lost) || !(this.#login.isReturning || wasAsking)) throw error;
+    const phase = this.#phase;
     this.#phase = { is: "connecting" };
-    if (link?.welcomedAt) {
-      if (this.#options.clock.now() - link.welcomedAt >= LIMITS.steadyMs) this.#tries = 0;
+    if (phase.is === "online") {
+      if (this.#options.clock.now() - phase.since >= LIMITS.steadyMs) this.#tries = 0;
       this.#events.onLost(error.message);
     }
     if (!wasAsking) await this.#waitToRetry();
@@ -4415,7 +4387,6 @@ class Conversation {
 type Shown = "new" | "old" | "again";
 type Presence = "joined" | "left";
 
-/** What a person sees: which messages, how, and who joined and left in between. */
 class Transcript {
   readonly ignored = new Set<string>(); // folded nicks
   rings = true; // the bell, for messages to oneself
@@ -4423,7 +4394,7 @@ class Transcript {
   latest = 0; // the time of the latest message shown
   readonly #ui: Ui;
   readonly #clock: Clock;
-  readonly #me: { readonly nick: string };
+  readonly #me: { readonly nick: string }; // which the server may change
   readonly #shown = new Set<string>(); // ids of messages
   readonly #changes = new Map<string, Presence>(); // in the room that is talked in, by nick; not shown yet
   #changedRoom = "";
@@ -4450,19 +4421,18 @@ class Transcript {
     if (this.ignored.has(fold(nick)) || (raw.startsWith("\x01") && !isAction)) return;
     const text = clean(isAction ? raw.slice(8).replace("\x01", "") : raw);
     if (!source.includes("!")) return void this.note(`${nick}: ${text}`);
+    const isOld = how !== "new";
     this.#showPresence();
-    this.#showDay(time, how !== "new");
+    this.#showDay(time, isOld);
     const me = this.#me.nick;
     const isOwn = fold(nick) === fold(me);
-    const isOld = how !== "new";
     const isPrivate = room === undefined;
     if (isPrivate && !isOwn) this.correspondent = nick;
     const isNamed = new RegExp(`(?<![\\w-])${me.replace(/\W/g, "\\$&")}(?![\\w-])`, "i").test(text);
     const isForMe = !isOwn && !isOld && (isPrivate || isNamed);
     const isElsewhere = !isPrivate && room !== current;
-    const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe };
+    const kind = { isAction, isPrivate, isOwn, isOld, isElsewhere, isForMe, rings: isForMe && this.rings };
     this.#ui.message({ time, nick, target: clean(target), text, ...kind });
-    if (isForMe && this.rings) this.#ui.bell();
     return isOwn || isOld ? undefined : room?.name ?? nick;
   }
   /** Notes that a message is shown. @returns whether it was shown before */
@@ -4487,17 +4457,17 @@ class Transcript {
   }
   #showDay(time: number, isOld: boolean): void {
     const day = new Date(time).toDateString();
-    if ((this.#day || isOld) && day !== this.#day) this.#ui.aside(clean(day));
+    if ((this.#day || isOld) && day !== this.#day) this.#ui.aside?.(clean(day));
     this.#day = day;
   }
   /** Shows earlier messages between two rules. */
   showPage(title: string, lines: readonly Line[], room: Conversation | undefined, isBeginning: boolean): void {
-    this.#ui.rule(clean(`history of ${title}`));
+    this.#ui.rule?.(clean(`history of ${title}`));
     const day = this.#day;
     this.#day = "";
     for (const line of lines) this.show(line, "again", room, room);
     this.#day = day;
-    this.#ui.rule(clean(isBeginning ? "that was the beginning" : "/history shows what was before"));
+    this.#ui.rule?.(clean(isBeginning ? "that was the beginning" : "/history shows what was before"));
   }
   /** Somebody joined or left. Changes in quick succession are shown together, and those that cancel out not at all. */
   presence(nick: string, how: Presence, room: string): void {
@@ -4519,7 +4489,7 @@ class Transcript {
     }).filter(Boolean);
     this.#changes.clear();
     const time = clockTime(this.#clock.wall());
-    if (texts.length) this.#ui.aside(clean(`${time} ${this.#changedRoom}: ${texts.join("; ")}`));
+    if (texts.length) this.#ui.aside?.(clean(`${time} ${this.#changedRoom}: ${texts.join("; ")}`));
   }
 }
 
@@ -4533,6 +4503,7 @@ class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
   readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
   target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
+  hasJoined = false; // a room, at some time: without a target it has left the last one since
   readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
   readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
@@ -4540,7 +4511,6 @@ class Conversations {
   #batch: { readonly id: string; readonly target: string; readonly lines: Line[] } | undefined; // a page of history
   #pageSize: number = LIMITS.chathistory; // messages that the server gives at once
   #completeUntil = 0; // up to this time no private message was missed
-  #hasJoined = false;
   #requests = 0; // for history that has not come yet
   /** @param sendRequest sends a CHATHISTORY with these parameters */
   constructor(transcript: Transcript, sendRequest: (params: readonly string[]) => void) {
@@ -4557,10 +4527,9 @@ class Conversations {
   }
   /** Rooms and people that one can turn to. */
   get places(): string[] {
+    const rooms = [...this.rooms.values()].map(({ name }) => name);
     const people = [...this.unread.values()].map(({ name }) => name).filter((name) => !name.startsWith("#"));
-    return [...new Set([...Array.from(this.rooms.values(), ({ name }) => name), this.target, ...people])].filter(
-      Boolean,
-    );
+    return [...new Set([...rooms, this.target, ...people])].filter(Boolean);
   }
   /** Says how much is unread in a room or of a person, and which key turns to it; empty if there is nothing to say. */
   unreadIn(place: string): string {
@@ -4572,10 +4541,6 @@ class Conversations {
   turnTo(target: string): void {
     this.target = target;
     this.unread.delete(fold(target));
-  }
-  /** The client has left the last of its rooms. */
-  get isRoomless(): boolean {
-    return this.#hasJoined && this.rooms.size === 0;
   }
   /** Takes a numeric reply: 005 says how large a page of history is, 332 a topic, 353 nicks, 366 that all have come. */
   numeric({ command, params }: Line): void {
@@ -4598,11 +4563,9 @@ class Conversations {
     this.#asked.clear();
     for (const room of this.rooms.values()) room.state = "absent";
   }
-  /** The client is online. After a reconnect it asks in which private talks something was said meanwhile. */
-  connected(isReturning: boolean): void {
-    if (isReturning) {
-      this.#request("TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`);
-    }
+  /** Asks in which private talks something was said while the client was not connected. */
+  catchUp(): void {
+    this.#request(["TARGETS", this.#since, `timestamp=${new Date(MAX_TIME).toISOString()}`]);
   }
   /** The client has joined a room. A cursor at the present keeps what was said before from being loaded. */
   joined(name: string, time: number, wantsHistory: boolean): void {
@@ -4611,16 +4574,16 @@ class Conversations {
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
     if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom(room);
-    this.#hasJoined = true;
+    this.hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
     if (room.cursor) {
       room.state = "page after cursor";
       const since = new Date(room.cursor.time - 1).toISOString(); // with the last message, to notice a gap
-      this.#request("AFTER", name, `timestamp=${since}`);
+      this.#request(["AFTER", name, `timestamp=${since}`]);
     } else if (wantsHistory) {
       room.state = "latest page";
-      this.#request("LATEST", name, "*");
+      this.#request(["LATEST", name, "*"]);
     } else {
       room.cursor = { id: "", time };
       room.state = "live";
@@ -4657,7 +4620,7 @@ class Conversations {
     const room = this.find(line.params[0] ?? "");
     if (!room || room.state === "live") return this.#show(line, "new");
     room.held.push(line);
-    const held = [...this.rooms.values()].reduce((sum, one) => sum + one.held.length, 0);
+    const held = sumOf([...this.rooms.values()], (one) => one.held.length);
     if (held > LIMITS.held) throw new Lost("it sends messages, but not the history before them");
   }
   #show(line: Line, how: Shown): void {
@@ -4682,10 +4645,7 @@ class Conversations {
     if (isEnd && batch?.id === id) this.#pageCame(batch.target, batch.lines);
     return true;
   }
-  #request(...params: readonly string[]): void {
-    this.#send(params, this.#pageSize);
-  }
-  #send(params: readonly string[], limit: number): void {
+  #request(params: readonly string[], limit = this.#pageSize): void {
     this.#requests++;
     this.#sendRequest([...params, String(limit)]);
   }
@@ -4694,7 +4654,7 @@ class Conversations {
     if (this.find(target)?.isLoading || this.#asked.has(fold(target))) return false;
     const oldest = this.oldest.get(fold(target));
     this.#asked.set(fold(target), limit);
-    this.#send(oldest ? ["BEFORE", target, `msgid=${oldest}`] : ["LATEST", target, "*"], limit);
+    this.#request(oldest ? ["BEFORE", target, `msgid=${oldest}`] : ["LATEST", target, "*"], limit);
     return true;
   }
   /** Since when private messages may have been missed. Those of that very millisecond come once more. */
@@ -4706,7 +4666,7 @@ class Conversations {
     this.#requests = Math.max(0, this.#requests - 1);
     if (!target) {
       const nicks = lines.map(({ params: [, name = ""] }) => name).filter((name) => !name.startsWith("#"));
-      for (const nick of nicks) this.#request("AFTER", nick, this.#since);
+      for (const nick of nicks) this.#request(["AFTER", nick, this.#since]);
       return;
     }
     const room = this.find(target);
@@ -4727,9 +4687,14 @@ class Conversations {
     const last = lines.at(-1)?.tags.get("msgid");
     if (!isLatest && lines.length >= this.#pageSize && last) {
       if (room) room.state = "next page";
-      return this.#request("AFTER", target, `msgid=${last}`);
+      return this.#request(["AFTER", target, `msgid=${last}`]);
     }
     if (room) this.#becomeLive(room);
+  }
+  /** The server refuses to give a page. */
+  pageRefused(target: string): void {
+    this.#requests = Math.max(0, this.#requests - 1);
+    this.#asked.delete(fold(target));
   }
   #becomeLive(room: Conversation): void {
     room.state = "live";
@@ -4745,7 +4710,6 @@ class Conversations {
  * line has an idempotency key; what was not acknowledged is sent again on the next connection.
  * ================================================================================================================== */
 
-/** A message to be sent. */
 interface Outgoing {
   readonly target: string; // empty for the room that will be talked in first
   readonly text: string;
@@ -4774,7 +4738,6 @@ function splitText(text: string, source: string, target: string, wrapping: strin
 class SendQueue {
   readonly #instance = crypto.randomBytes(9).toString("base64url");
   readonly messages = new Map<number, Outgoing>(); // by number; the acknowledged ones are gone
-  refused = 0; // messages that the server did not take
   #number = 0;
   #sent = 0; // the highest number sent on this connection
   add(message: Outgoing): void {
@@ -4803,11 +4766,11 @@ class SendQueue {
     }
   }
   /** Takes the key of a message that the server has executed or refused. @returns the message, if it is one of ours */
-  acknowledge(key = "", isRefused = false): Outgoing | undefined {
-    const [instance, number] = key.split(/-(?=\d+$)/);
-    const message = instance === this.#instance ? this.messages.get(Number(number)) : undefined;
-    this.messages.delete(Number(number));
-    if (message && isRefused) this.refused++;
+  acknowledge(key = ""): Outgoing | undefined {
+    const [instance, digits] = key.split(/-(?=\d+$)/);
+    const number = Number(digits);
+    const message = instance === this.#instance ? this.messages.get(number) : undefined;
+    if (message) this.messages.delete(number);
     return message;
   }
 }
@@ -4821,12 +4784,13 @@ class Client implements ConnectionEvents {
   readonly #options: Settings;
   readonly #login: Login;
   readonly #queue = new SendQueue();
-  #inputEnded = false; // it leaves when everything has been sent
+  #isFinishing = false; // it leaves when everything has been sent
   #leaveAskedAt = -Infinity;
   #boot = ""; // the boot id of the server
-  #isGreeted = false; // on this connection the server has told its boot id
-  #progressAt = 0; // when the input ended, or a message was acknowledged since
+  #knowsBoot = false; // on this connection the server has sent its boot id
+  #progressAt = 0; // when it began to finish, or a message was acknowledged since
   #gaveUp = false;
+  #hasFailed = false; // to do something that was entered: a script ends with status 1 then
   constructor(options: Settings) {
     const { ui, clock, room = "" } = options;
     this.ui = ui;
@@ -4842,7 +4806,7 @@ class Client implements ConnectionEvents {
     const { messages } = this.#queue;
     try {
       await this.connection.run();
-      const isIncomplete = this.#gaveUp || messages.size || (this.#queue.refused && !this.ui.hasPerson);
+      const isIncomplete = this.#gaveUp || messages.size || (this.#hasFailed && !this.ui.hasPerson);
       return this.#login.isReturning && !isIncomplete ? 0 : 1;
     } finally {
       this.transcript.end();
@@ -4876,31 +4840,31 @@ class Client implements ConnectionEvents {
   note(text: string): void {
     this.transcript.note(text);
   }
-  /** Says what was wrong with a command. A script ends with status 1 then. */
-  mistake(text: string): void {
-    this.#queue.refused++;
+  /** Says why something that was entered is not done. */
+  fail(text: string): void {
+    this.#hasFailed = true;
     this.note(text);
   }
 
   // ---- The connection
 
   onWelcome(link: Link, isReturning: boolean): void {
-    this.#isGreeted = false;
+    this.#knowsBoot = false;
     if (!isReturning) link.send("CAP", ["REQ", "draft/chathistory"]); // see Login
     const { rooms, current } = this.conversations;
     for (const { name } of rooms.values()) link.send("JOIN", [name]);
     if (this.target.startsWith("#") && !current) link.send("JOIN", [this.target]);
-    this.conversations.connected(isReturning);
+    if (isReturning) this.conversations.catchUp();
     this.#proceed();
   }
   onLine(line: Line): void {
     const { command, tags } = line;
     const isRefused = /^([45]\d\d|FAIL)$/.test(command);
-    const message = this.#queue.acknowledge(tags.get(ONCE), isRefused);
+    const message = this.#queue.acknowledge(tags.get(ONCE));
     if (message) {
       this.#progressAt = this.#options.clock.now();
-      if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput(false);
-      if (isRefused) this.note(`not sent: ${describeOutgoing(message)}`);
+      if (this.waiting < LIMITS.outbox / 2) this.ui.holdInput?.(false);
+      if (isRefused) this.fail(`not sent: ${describeOutgoing(message)}`);
     }
     if (!this.conversations.takeBatched(line)) this.#dispatch(line);
     this.#proceed();
@@ -4915,7 +4879,7 @@ class Client implements ConnectionEvents {
   onTick(): void {
     const { clock, timeoutMs = LIMITS.timeoutMs } = this.#options;
     this.#proceed();
-    if (!this.#inputEnded || clock.now() - this.#progressAt <= timeoutMs) return;
+    if (!this.#isFinishing || clock.now() - this.#progressAt <= timeoutMs) return;
     this.note(`gave up: the server took nothing for ${timeoutMs / 1000} s`);
     this.#gaveUp = true;
     this.connection.stop();
@@ -4924,11 +4888,8 @@ class Client implements ConnectionEvents {
   #proceed(): void {
     if (this.connection.isOver) return;
     const { link, room } = this;
-    if (link && this.#isGreeted && room?.state !== "absent") this.#queue.pump(link, this.target);
-    const { rooms, isRoomless } = this.conversations;
-    if (this.#inputEnded && this.#login.isReturning && !this.waiting && (rooms.size || isRoomless)) {
-      return this.connection.leave();
-    }
+    if (link && this.#knowsBoot && room?.state !== "absent") this.#queue.pump(link, this.target);
+    if (this.#isFinishing && !this.waiting && this.conversations.hasJoined) return this.connection.leave();
     this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
   }
   #showPrompt(isOffline: boolean): void {
@@ -4938,7 +4899,7 @@ class Client implements ConnectionEvents {
     const byKind = [...this.conversations.unread.values()].sort((one, other) => one.name < other.name ? -1 : 1);
     const unread = byKind.map(({ name, count }) => `${name} ${count}`); // rooms first: "#" sorts before letters
     const after = unread.length ? ` [${listed(unread, 3)}]` : "";
-    this.ui.setPrompt(clean(`${state && `[${state}] `}${this.target}${after}> `));
+    this.ui.setPrompt?.(clean(`${state && `[${state}] `}${this.target}${after}> `));
   }
 
   // ---- What the person does
@@ -4946,11 +4907,11 @@ class Client implements ConnectionEvents {
   /** Sends a command now, or says that it cannot. */
   request(command: string, ...params: readonly string[]): void {
     if (this.link) this.link.send(command, params);
-    else this.note("not connected");
+    else this.fail("not connected");
   }
-  inputEnded(): void {
-    if (this.#options.listens) return;
-    this.#inputEnded = true;
+  /** Leaves when everything has been sent. */
+  finish(): void {
+    this.#isFinishing = true;
     this.#progressAt = this.#options.clock.now();
     this.#proceed();
   }
@@ -4961,12 +4922,12 @@ class Client implements ConnectionEvents {
   say(target: string, text: string, wrapPart = (part: string) => part): void {
     const to = target || this.target;
     this.conversations.unread.delete(fold(to));
-    if (!to && this.conversations.isRoomless) return this.note("you are in no room: /join #ROOM enters one");
+    if (!to && this.conversations.hasJoined) return this.fail("you are in no room: /join #ROOM enters one");
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
     }
-    if (this.waiting >= LIMITS.outbox) this.ui.holdInput(true);
+    if (this.waiting >= LIMITS.outbox) this.ui.holdInput?.(true);
     this.#proceed();
   }
   /** Turns to a room or a person. A room that the client is not in is joined. */
@@ -4974,7 +4935,7 @@ class Client implements ConnectionEvents {
     const isOther = fold(target) !== fold(this.target);
     this.conversations.turnTo(this.conversations.find(target)?.name ?? target);
     if (target.startsWith("#") && !this.room) this.link?.send("JOIN", [target]);
-    if (isOther) this.ui.rule(clean(this.target));
+    if (isOther) this.ui.rule?.(clean(this.target));
     this.#proceed();
   }
   /** Leaves at Ctrl-D, and at a second Ctrl-C. */
@@ -4986,10 +4947,9 @@ class Client implements ConnectionEvents {
   }
   /** Leaves when what waits has been sent; the second time at once. */
   leave(): void {
-    if (!this.link || !this.waiting || this.#inputEnded) return this.connection.leave();
+    if (!this.link || !this.waiting || this.#isFinishing) return this.connection.leave();
     this.note(`leaving when ${plural(this.waiting, "line is", "lines are")} sent; again to leave at once`);
-    this.#inputEnded = true;
-    this.#progressAt = this.#options.clock.now();
+    this.finish();
   }
 
   // ---- What the server sends
@@ -4999,7 +4959,7 @@ class Client implements ConnectionEvents {
     const [first = "", second = ""] = line.params;
     const room = conversations.find(first);
     const nick = nickOf(line);
-    const isOwn = fold(nick) === fold(this.#login.nick);
+    const isOwn = this.isMe(nick);
     switch (line.command) {
       case "PRIVMSG":
       case "NOTICE":
@@ -5014,7 +4974,7 @@ class Client implements ConnectionEvents {
         if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
         this.note(`you left ${room.name}`);
         conversations.parted(room);
-        return this.ui.rule(clean(this.target || "no room"));
+        return this.ui.rule?.(clean(this.target || "no room"));
       case "QUIT":
         if (!first.startsWith("Kicked")) {
           return conversations.rooms.forEach((one) => conversations.presence(one, nick, "left"));
@@ -5030,17 +4990,11 @@ class Client implements ConnectionEvents {
       case "NOTE":
       case "FAIL":
         if (first === "PASS" && line.command === "NOTE") this.#login.keys = this.newKeys ?? this.#login.keys;
+        if (first === "CHATHISTORY") conversations.pageRefused(line.params[3] ?? "");
         return this.note(wordsOf(line));
-      default:
-        return this.#numeric(line);
-    }
-  }
-  #numeric(line: Line): void {
-    const { conversations } = this;
-    switch (line.command) {
       case "376": // the end of what comes first
       case "422":
-        this.#isGreeted = true;
+        this.#knowsBoot = true;
         return;
       case "005":
         this.#noteBoot(line.params.find((token) => token.startsWith("BOOT="))?.slice(5));
@@ -5049,8 +5003,9 @@ class Client implements ConnectionEvents {
       case "353":
       case "366":
         return conversations.numeric(line);
+      default:
+        return showReply(this, line);
     }
-    showReply(this, line);
   }
   /** A nick may belong to somebody else after a restart in which the accounts were lost: nothing private goes there. */
   #noteBoot(boot: string | undefined): void {
@@ -5058,13 +5013,14 @@ class Client implements ConnectionEvents {
     this.#boot = boot ?? this.#boot;
     if (!isOther || boot === KEPT_BOOT) return;
     this.note("the server was restarted without its accounts: nicks may belong to others now");
-    for (const message of this.#queue.dropPrivate()) this.note(`not sent: ${describeOutgoing(message)}`);
+    for (const message of this.#queue.dropPrivate()) this.fail(`not sent: ${describeOutgoing(message)}`);
   }
 }
 
 /** Shows the list of rooms, replies about people, and errors. Without a person it ends if its room cannot be joined. */
-function showReply(client: Client, { command, params, ...line }: Line): void {
+function showReply(client: Client, line: Line): void {
   const { conversations } = client;
+  const { command, params } = line;
   const [, room = "", count = "", topic] = params;
   if (command === "322") {
     const about = plural(Number(count), "person", "people") + conversations.unreadIn(room);
@@ -5074,14 +5030,14 @@ function showReply(client: Client, { command, params, ...line }: Line): void {
       if (!name.startsWith("#")) client.note(`${name}${conversations.unreadIn(name)}`);
     }
   } else if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(command)) {
-    client.note([...params.slice(1, -1), wordsOf({ command, params, ...line })].join(": "));
+    client.note([...params.slice(1, -1), wordsOf(line)].join(": "));
   }
   const { target, current, rooms } = conversations;
   const isRefused = /^4/.test(command) && target.startsWith("#") && fold(room) === fold(target);
   if (!isRefused || current) return;
   if (!client.ui.hasPerson) throw new Fault(params.slice(1).map(clean).join(" "), "--room names another room", 2);
   conversations.turnTo([...rooms.values()].at(-1)?.name ?? "");
-  if (client.target) client.ui.rule(clean(client.target));
+  if (client.target) client.ui.rule?.(clean(client.target));
 }
 
 /* =====================================================================================================================
@@ -5091,44 +5047,44 @@ function showReply(client: Client, { command, params, ...line }: Line): void {
 
 type SlashCommand = (client: Client, rest: string) => void | Promise<void>;
 
-export const SLASH: Table<SlashCommand> = {
+const SLASH: Table<SlashCommand> = {
   msg: row("NICK TEXT", "say something to one person: /msg bo are you there?", (client, rest) => {
     const [nick = "", text] = rest.split(/ +(.*)/s);
     if (text && (isNick(nick) || isRoom(nick))) client.say(nick, text);
-    else client.note(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
+    else client.fail(text ? `${nick} is not a valid nick` : "/msg NICK TEXT: say what?");
   }),
   r: row("TEXT", "answer who wrote to you last", (client, rest) => {
     const { correspondent } = client.transcript;
     if (correspondent) client.say(correspondent, rest);
-    else client.note("nobody has written to you yet");
+    else client.fail("nobody has written to you yet");
   }),
   query: row("NICK", "talk to one person from now on, until /join or Alt-1", (client, rest) => {
     if (isNick(rest) && !client.isMe(rest)) client.talkTo(rest);
-    else client.note(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
+    else client.fail(isNick(rest) ? "that is you" : `${rest} is not a valid nick`);
   }),
   me: row("TEXT", "say what you do: /me pours coffee", (client, rest) => {
     client.say("", rest, (part) => `\x01ACTION ${part}\x01`);
   }),
   join: row("#ROOM", "enter a room, or switch to it; Alt-1 … Alt-9 switch as well", (client, rest) => {
-    const name = rest.replace(/^#?/, "#").replace(/ .*/, "");
+    const name = roomIn(rest);
     if (isRoom(name)) client.talkTo(name);
-    else client.note(`${name} is not a valid name of a room`);
+    else client.fail(`${name} is not a valid name of a room`);
   }),
   part: row("[#ROOM]", "leave this room, or another one", (client, rest) => {
-    const name = rest || client.target;
+    const name = rest ? roomIn(rest) : client.target;
     if (name.startsWith("#")) client.request("PART", name);
-    else client.note(noRoom(name));
+    else client.fail(noRoom(name));
   }),
   rooms: row("", "list all rooms", (client) => client.request("LIST")),
   who: row("", "list who is in this room", (client) => {
     const { room, target } = client;
-    if (!room) return client.note(target.startsWith("#") ? `you are not in ${target} yet` : noRoom(target));
+    if (!room) return client.fail(target.startsWith("#") ? `you are not in ${target} yet` : noRoom(target));
     const { name, nicks } = room;
     client.note(`${plural(nicks.size, "person", "people")} in ${name}: ${[...nicks.values()].join(", ")}`);
   }),
   topic: row("[TEXT]", "show or set the room's topic; /topic - removes it", (client, rest) => {
     const { room, target } = client;
-    if (!target.startsWith("#")) return client.note(noRoom(target));
+    if (!target.startsWith("#")) return client.fail(noRoom(target));
     if (rest || !room) return client.request("TOPIC", target, ...rest ? [rest === "-" ? "" : rest] : []);
     client.note(room.topic ? `topic of ${room.name}: ${room.topic}` : `${room.name} has no topic`);
   }),
@@ -5136,8 +5092,8 @@ export const SLASH: Table<SlashCommand> = {
   away: row("[TEXT]", "say that you are away, or are back", (client, rest) => client.request("AWAY", rest)),
   ignore: row("[NICK]", "hide what somebody says, or show it again", (client, rest) => {
     const { ignored } = client.transcript;
-    if (rest && !isNick(rest)) return client.note(`${rest} is not a valid nick`);
-    if (client.isMe(rest)) return client.note("you cannot ignore yourself");
+    if (rest && !isNick(rest)) return client.fail(`${rest} is not a valid nick`);
+    if (client.isMe(rest)) return client.fail("you cannot ignore yourself");
     const wasHidden = ignored.delete(fold(rest));
     if (rest && !wasHidden) ignored.add(fold(rest));
     if (wasHidden) client.conversations.oldest.clear(); // so that /history shows it
@@ -5151,30 +5107,30 @@ export const SLASH: Table<SlashCommand> = {
     transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
   tls: row("", "describe the connection", (client) => {
-    if (!client.link) return client.note("not connected");
+    if (!client.link) return client.fail("not connected");
     for (const fact of client.link.facts()) client.note(layOut(fact));
   }),
   password: row("", "change your password", askNewPassword),
   reconnect: row("", "reconnect now", ({ connection }) => connection.reconnect()),
   clear: row("", "clear the screen; /history fills it again", ({ ui, conversations }) => {
-    ui.clear();
+    ui.clear?.();
     conversations.oldest.clear();
   }),
   help: row("[COMMAND]", "list what you can type", showHelp),
   exit: row("", "leave; Ctrl-D does so as well", (client) => client.leave()),
 };
 
+/** The room that an argument names, with its "#" or without. */
+const roomIn = (rest: string) => rest.replace(/^#?/, "#").replace(/ .*/, "");
 const noRoom = (target: string) => target ? `you are talking to ${target}, not in a room` : "you are in no room";
 
 /** What other programs call these commands. */
-const ALIASES: Readonly<Partial<Record<string, string>>> = {
-  ...{ quit: "exit", leave: "part", list: "rooms", names: "who", j: "join", m: "msg", w: "msg", q: "query" },
-};
+const ALIASES = { quit: "exit", leave: "part", list: "rooms", names: "who", j: "join", m: "msg", w: "msg", q: "query" };
 
 function showHelp(client: Client, rest: string): void {
   const name = rest.replace(/^\//, "");
   const found = findCommand(name);
-  if (name && !found) return client.note(`there is no /${name}`);
+  if (name && !found) return client.fail(`there is no /${name}`);
   const table = found ? { [name]: found } : SLASH;
   for (const line of helpLines(table, "/")) client.note(line);
   if (!name) client.note("//TEXT               say something that begins with a slash");
@@ -5182,10 +5138,10 @@ function showHelp(client: Client, rest: string): void {
 
 function showHistory(client: Client, rest: string): void {
   const { link, target, conversations } = client;
-  const wanted = Number(rest) || HISTORY_SHOWN;
-  if (!link || !target) return client.note(link ? noRoom("") : "not connected");
+  const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
+  if (!link || !target) return client.fail(link ? noRoom("") : "not connected");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
-    client.note("the history is being loaded");
+    client.fail("the history is being loaded");
   } else if (wanted > LIMITS.chathistory) {
     client.note(`${LIMITS.chathistory} lines come at a time; /history again shows more`);
   }
@@ -5193,13 +5149,16 @@ function showHistory(client: Client, rest: string): void {
 
 const findCommand = (name: string) => rowOf(SLASH, rowOf(ALIASES, name) ?? name);
 
+/** What is done with lines that were entered: the commands among them are said, or run; or nothing is. */
+type Treatment = "say" | "run" | "no";
+
 /**
  * Takes lines that were entered. They go where the person talked then, even if a question comes in between. A slash
  * begins a command if it was typed, in a paste only if the person says so.
  */
 async function enter(client: Client, texts: readonly string[], how: Input): Promise<void> {
   const { target } = client;
-  let mode: "say" | "run" | "no" = how === "text" ? "say" : "run";
+  let mode: Treatment = how === "text" ? "say" : "run";
   if (how === "pasted") mode = await askAboutPaste(client, texts, target);
   for (const text of mode === "no" ? [] : texts) {
     const [, slash, name = "", rest = ""] = /^\/(\/?)([^ ]*) *(.*)$/s.exec(text) ?? [];
@@ -5213,11 +5172,11 @@ async function enter(client: Client, texts: readonly string[], how: Input): Prom
 
 function runCommand(client: Client, name: string, rest: string): void | Promise<void> {
   const found = findCommand(name);
-  if (name === "nick") return client.note("your nick is your account: leave, and join with another one");
+  if (name === "nick") return client.fail("your nick is your account: leave, and join with another one");
   if (!found) {
-    return client.mistake(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
+    return client.fail(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
   }
-  if (/^[^[]/.test(found.usage) && !rest) return client.mistake(`/${name} ${found.usage}: ${found.about}`);
+  if (/^[^[]/.test(found.usage) && !rest) return client.fail(`/${name} ${found.usage}: ${found.about}`);
   return found.run(client, rest);
 }
 
@@ -5225,7 +5184,7 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
 const isCommand = (text: string) => findCommand(/^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 async function askNewPassword(client: Client): Promise<void> {
-  if (!client.link) return client.note("not connected");
+  if (!client.link) return client.fail("not connected");
   const password = await client.ui.ask(clean("New password: "), true);
   const again = password && await client.ui.ask(clean("Repeat it: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
@@ -5247,11 +5206,7 @@ function completionsOf(before: string, { room, conversations: { rooms } }: Clien
 }
 
 /** Asks whether to say the lines of a paste, or to run the commands among them, if there is a doubt. */
-async function askAboutPaste(
-  client: Client,
-  texts: readonly string[],
-  target: string,
-): Promise<"say" | "run" | "no"> {
+async function askAboutPaste(client: Client, texts: readonly string[], target: string): Promise<Treatment> {
   const { waiting } = client;
   if (texts.length + waiting > LIMITS.outbox) {
     const many = plural(texts.length, "line is", "lines are");
@@ -5291,7 +5246,7 @@ export async function join(options: JoinOptions): Promise<number> {
       const texts = isPasted ? lines.map((line) => line || " ") : lines.filter((line) => line.trim());
       void enter(client, texts, how);
     },
-    onEnd: () => client.inputEnded(),
+    onEnd: () => options.listens || client.finish(),
     onLeave: (key) => client.askToLeave(key),
     onSwitch: (number) => {
       const place = client.conversations.places[number - 1];
@@ -5360,7 +5315,7 @@ const USAGE = `chat: an encrypted group chat
   chat help  [serve|join]                tell all options
   chat version`;
 
-const SECRETS = {
+const MORE_HELP = {
   serve: `To keep the accounts over a restart:
   umask 077; chat serve --accounts <accounts.txt >>accounts.txt
   An empty line ends them; what follows are commands with a slash.
@@ -5379,7 +5334,7 @@ Environment:
 function help(command = ""): string {
   if (command !== "serve" && command !== "join") return USAGE;
   const synopsis = USAGE.split("\n").find((line) => line.startsWith(`  chat ${command}`))?.trim();
-  return [synopsis, "", ...helpLines(OPTIONS[command], "  --"), "", SECRETS[command]].join("\n");
+  return [synopsis, "", ...helpLines(OPTIONS[command], "  --"), "", MORE_HELP[command]].join("\n");
 }
 
 /** The options given, by name, of the types that the readers in OPTIONS return. An option without a value is true. */
@@ -5449,18 +5404,22 @@ async function mainServe(args: readonly string[]): Promise<number> {
   const kept = accounts && await readAccounts(log);
   const serving = await serve({
     ...options,
-    ...{ host, port, identity, log: (line: string) => log.timed(line) },
-    ...kept && { records: kept.records, journal: kept.journal },
-    ...keylog && { keylog: (line: Buffer) => write(process.stderr, line.toString()) },
-    ...explain && { explain: (line: string) => log.print(line) },
+    host,
+    port,
+    identity,
+    records: kept?.records ?? [],
+    journal: kept?.journal,
+    log: (line) => log.timed(line),
+    keylog: keylog && ((line) => write(process.stderr, line.toString())),
+    explain: explain && ((line) => log.print(line)),
   });
   if (keylog) log.print("warning: the TLS keys go to standard error; whoever has them can read along");
-  const invitations = announceServer(serving, identity, { host, names, log, isKept: kept !== undefined });
+  const invitations = announceServer(serving, identity, { host, names, log });
   await new Promise<void>((stop) => {
     onSignal(stop);
-    const obey = operator(serving.server, invitations, (line) => log.print(line), stop);
-    if (log.hasConsole) log.ui = openConsole(obey);
-    else if (kept) kept.onCommand((line) => obey.run(line));
+    const run = commandRunner(serving.server, invitations, (line) => log.print(line), stop);
+    if (log.hasConsole) log.ui = openConsole(run, stop);
+    else if (kept) kept.onCommand(run);
     else log.print("no commands here: standard input and output are no terminal");
   });
   log.timed("stopping");
@@ -5491,7 +5450,7 @@ class OperatorLog {
 function announceServer(
   { server, port }: Serving,
   { publicKey, pin }: Identity,
-  { host, names, log, isKept }: { host: string; names: readonly string[]; log: OperatorLog; isKept: boolean },
+  { host, names, log }: { host: string; names: readonly string[]; log: OperatorLog },
 ): readonly string[] {
   const suffix = isPinnable(publicKey) ? `/${pin}` : ""; // else only the chain verifies it
   const invitations = names.map((name) => `${CHAT} join ${name}:${port}${suffix}`);
@@ -5500,7 +5459,7 @@ function announceServer(
   if (!isLoopback(host)) log.print("others need a copy of this program on their machine, and one of these lines");
   if (names[0] === UNKNOWN) log.print(`${UNKNOWN} stands for an address of this machine: put it there`);
   log.print(`IRC clients: ${names[0]}:${port} with TLS; your password as server password`);
-  if (isKept) {
+  if (server.options.journal) {
     log.print(`${plural(server.accounts.byNick.size, "account", "accounts")} read; new ones go to standard output`);
   } else log.print("nothing is written to disk: accounts and history end with this process");
   if (isLoopback(host)) {
@@ -5531,25 +5490,29 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
   if (process.stdin.isTTY || process.stdout.isTTY) {
     throw wrong("--accounts reads and writes files", `${CHAT} serve --accounts <accounts.txt >>accounts.txt`);
   }
-  const [records, early]: [string[], string[]] = [[], []]; // early: commands that came before the server listens
+  const records: string[] = [];
+  const early: string[] = []; // commands that came before the server listens
   let take = (_line: string) => {};
   const isCut = await new Promise<boolean>((done) => {
+    let end = (rest: string) => {
+      if (rest) log.print("the last line of the accounts was cut off, and is lost");
+      done(rest !== "");
+    };
     take = (line) => {
       if (line.trim()) return void records.push(line);
       take = (command) => early.push(command);
+      end = (command) => take(command); // which needs no line break
       done(false);
     };
-    readInput((line) => take(line), (rest) => {
-      if (rest) log.print("the last line of the accounts was cut off, and is lost");
-      done(rest !== "");
-    });
+    readInput((line) => take(line), (rest) => end(rest));
   });
   const onCommand = (run: (line: string) => void) => {
     take = (line) =>
       /^\s*$/.test(line) || (line.startsWith("/") ? run(line) : log.print("commands begin with a slash"));
     early.forEach(take);
   };
-  return { records, journal: continueJournal(isCut || !/^#|=$|ed$/.test(records.at(-1) ?? "#"), log), onCommand };
+  const isWhole = /^#|=$|e[dn]$/.test(records.at(-1) ?? "#"); // a comment, a verifier, or a word such as "forgotten"
+  return { records, journal: continueJournal(isCut || !isWhole, log), onCommand };
 }
 
 /** Reads lines from standard input. @param onEnd takes what follows the last line break */
@@ -5606,65 +5569,49 @@ function onSignal(stop: () => void): void {
   process.on("SIGHUP", () => hasTerminal && stop());
 }
 
-/** What the operator can do: run commands, and stop the server. Stopping a room that is not empty is confirmed. */
-interface Operator {
-  run(line: string): void;
-  askToStop(): void;
-  stop(): void;
-}
-
-function operator(
+/** Makes the function that runs what the operator enters. Stopping a room that is not empty is confirmed. */
+function commandRunner(
   server: Server,
   invitations: readonly string[],
   print: (line: string) => void,
   stop: () => void,
-): Operator {
+): (line: string) => void {
   let askedAt = -Infinity;
-  const askToStop = (): readonly string[] => {
+  const askToStop = (): string | readonly string[] => {
     const here = server.presentMembers.length;
     const isConfirmed = performance.now() - askedAt < LIMITS.againMs;
     askedAt = performance.now();
     const seconds = LIMITS.againMs / 1000;
     if (here && !isConfirmed) {
-      return [`${plural(here, "person is", "people are")} here; again within ${seconds} s to stop`];
+      return `${plural(here, "person is", "people are")} here; again within ${seconds} s to stop`;
     }
     stop();
     return [];
   };
   const table: Table<ConsoleCommand> = {
     ...CONSOLE,
-    invite: { usage: "", about: "print how to join", run: () => invitations },
-    stop: { usage: "", about: "stop the server", run: askToStop },
+    invite: row("", "print how to join", () => invitations),
+    stop: row("", "stop the server", askToStop),
   };
-  return {
-    run: (line) => {
-      if (!line.startsWith("/stop")) askedAt = -Infinity; // something else was meant
-      runConsoleLine(server, table, line).forEach(print);
-    },
-    askToStop: () => askToStop().forEach(print),
-    stop,
+  return (line) => {
+    if (!line.startsWith("/stop")) askedAt = -Infinity; // something else was meant
+    runConsoleLine(server, table, line).forEach(print);
   };
 }
 
-/** Opens the operator's console. */
-function openConsole({ run, askToStop, stop }: Operator): Ui {
+function openConsole(run: (line: string) => void, stop: () => void): Ui {
   const ui = openUi();
   ui.listen({
     onLines: (lines) => lines.forEach(run),
-    onLeave: askToStop,
-    onEnd: stop,
+    onLeave: () => run("/stop"),
     onGone: stop,
-    onSwitch: () => {},
-    onTab: () => [],
-    onTyped: () => undefined,
   });
   ui.acceptLines();
-  ui.setPrompt(clean("> "));
+  ui.setPrompt?.(clean("> "));
   return ui;
 }
 
 const UNKNOWN = "ADDRESS";
-const bracketed = (host: string) => host.includes(":") ? `[${host}]` : host;
 
 /**
  * The names by which others reach a server that listens on `host`: where that means every address of this machine, all
@@ -5751,7 +5698,7 @@ async function mainJoin(args: readonly string[]): Promise<number> {
 export async function main([command = "", ...args]: readonly string[]): Promise<number> {
   try {
     const run = rowOf({ serve: mainServe, join: mainJoin, verifier: mainVerifier }, command);
-    if (run && !/^(--help|-h)$/m.test(args.join("\n"))) return await run(args);
+    if (run && !args.some((arg) => /^(--help|-h)$/.test(arg))) return await run(args);
     if (run || /^(help|--help|-h)$/.test(command)) write(process.stdout, `${help(run ? command : args[0])}\n`);
     else if (/^(version|--version)$/.test(command)) write(process.stdout, `chat ${VERSION}\n`);
     else if (!command) throw wrong("serve or join?", `${CHAT} help`);

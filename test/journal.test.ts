@@ -137,6 +137,9 @@ test("what the operator decides is in the journal, and commands come on standard
   for (const record of out.all.trim().split("\n")) assert.ok(accounts.apply(record), record);
   assert.deepEqual([...accounts.barred], [["ana", "forgotten"]]);
   assert.deepEqual(accounts.admitted, ["cy"]);
+  child.stdin.end("/rooms"); // a command without a line break is no account that was cut off
+  await err.wait(/chat: #chat: 0 people/);
+  assert.doesNotMatch(err.all, /cut off/);
 });
 
 test("a registration and a new password are refused with words while they cannot be written", async (t) => {

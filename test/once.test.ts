@@ -178,7 +178,6 @@ class Person implements Ui {
   welcome = (room: string) => this.#called(`welcome ${room}`);
   aside = (text: string) => this.#called(`aside ${text}`);
   rule = (title: string) => this.#called(`rule ${title}`);
-  bell = () => this.#called("bell");
   ask(question: string): Promise<string> {
     this.#called(`ask ${question}`);
     return new Promise((answer) => this.answers.push(answer));
@@ -403,13 +402,27 @@ test("a client that is left during a question neither asks again nor logs in whe
   await assertIsOver(person, clock, server);
 });
 
+test("history that the server refused can be requested again, and a size that is none is not sent", async (t) => {
+  const { port } = await serveHere(t);
+  const { person, ended } = joinAs(t, port);
+  await person.called(/^welcome/);
+  person.type("/query nobody");
+  for (const command of ["/history", "/history -1", "/history 1.5"]) {
+    person.calls.length = 0;
+    person.type(command);
+    await person.called(/^note messages could not be retrieved/);
+  }
+  person.leave();
+  assert.equal(await ended, 0);
+});
+
 test("a client that has left shows nothing more of who joined just before", async (t) => {
   const { port, server } = await serveHere(t);
   const clock = new FakeClock();
   const { person, ended } = joinAs(t, port, { clock });
   await person.called(/^welcome/);
   const bo = await enter(t, port, "bo");
-  await until(() => person.events?.onTab("b").length === 1, () => "it does not know of bo");
+  await until(() => person.events?.onTab?.("b").length === 1, () => "it does not know of bo");
   bo.socket.destroy();
   await bo.closed;
   person.leave();

@@ -299,6 +299,15 @@ test("commands that are printed for copying begin as the program was invoked", (
   }
 });
 
+test("commands that are printed for copying have an IPv6 address in brackets", async (t) => {
+  const { port } = await serveHere(t);
+  const unverified = joinProcess(t, `ana@[::ffff:127.0.0.1]:${port}`);
+  assert.equal(await unverified.ended, 3);
+  assert.match(unverified.err.all, new RegExp(`hint: \\S+ join \\[::ffff:127\\.0\\.0\\.1\\]:${port}/PIN`));
+  const again = run(["serve", `[::ffff:127.0.0.1]:${port}`]);
+  assert.match(again.stderr, new RegExp(`serve \\[::ffff:127\\.0\\.0\\.1\\]:${port + 1} takes another one`));
+});
+
 test("a server on all addresses prints a line to join with for each address that others can reach", async (t) => {
   const own = Object.values(os.networkInterfaces()).flat().filter((one) => one !== undefined && !one.internal)
     .map((one) => one?.address ?? "").filter((address) => !/^(169\.254|fe80)/.test(address));
@@ -378,6 +387,16 @@ test("a script without input joins, leaves and ends with status 0", async (t) =>
   const script = joinProcess(t, `ana@127.0.0.1:${port}`);
   script.end();
   assert.equal(await script.ended, 0);
+});
+
+test("a script with a command that cannot be done says why, and ends with status 1", async (t) => {
+  const { port } = await serveHere(t);
+  for (const command of ["/msg 1up hi", "/r hi", "/join #", "/topci x"]) {
+    const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--commands"]);
+    script.end(`${command}\n`);
+    assert.equal(await script.ended, 1, command);
+    assert.match(script.err.all, /not a valid n|nobody has written|there is no/);
+  }
 });
 
 test("a script sends QUIT and ends with status 0 on SIGINT and on SIGTERM", async (t) => {

@@ -1013,6 +1013,18 @@ test("commands that need the server say so while there is none", TMUX, async (t)
   }
 });
 
+test("in plain mode a changed line is written on a row of its own", TMUX, async (t) => {
+  const { ana, bo } = await joined(t, { args: ["--plain"] });
+  ana.type("one ");
+  ana.paste("two");
+  await ana.wait(/\none\s*\none two$/);
+  ana.keys("C-c");
+  ana.type("three");
+  ana.paste(" four\nfive");
+  await bo.wait(/ :three four\r\n/);
+  await ana.wait(/\none two\nthree\nfive\n\d\d:\d\d ana +three four\nfive$/);
+});
+
 test("plain mode writes each line once, without colour, and hides the password", TMUX, async (t) => {
   for (const args of [["--plain"], []]) {
     const { port } = await serveHere(t);

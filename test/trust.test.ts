@@ -600,7 +600,7 @@ class WillingUi implements Ui {
   }
   acceptLines(): void {
     if (!this.#accepts) this.#events?.onLines(["hello"], this.hasPerson ? "typed" : "text");
-    if (!this.#accepts && !this.hasPerson) this.#events?.onEnd();
+    if (!this.#accepts && !this.hasPerson) this.#events?.onEnd?.();
     this.#accepts = true;
   }
   ask(question: Clean): Promise<string | undefined> {
@@ -610,12 +610,6 @@ class WillingUi implements Ui {
   message(): void {}
   note(): void {}
   welcome(): void {}
-  aside(): void {}
-  rule(): void {}
-  bell(): void {}
-  setPrompt(): void {}
-  holdInput(): void {}
-  clear(): void {}
   close(): void {}
 }
 
