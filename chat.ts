@@ -1005,8 +1005,9 @@ export class Accounts<A extends Account> {
 
   /** Applies a record of a journal, where `#` begins a comment. @returns whether it is one */
   apply(record: string): boolean {
-    if (record.startsWith("#")) return true;
-    const [who = "", date = "", what = "", ...more] = record.trim().split(" ");
+    const text = record.replace(/#.*/s, "").trim();
+    if (!text) return true;
+    const [who = "", date = "", what = "", ...more] = text.split(" ");
     const [key, verifier] = [fold(who), readVerifier(what)];
     const ageMs = this.#clock.wall() - Date.parse(date);
     const isNetwork = /^[\d.]+$|^[\da-f:]+::\/64$/.test(who); // as networkOf writes it
@@ -1192,7 +1193,7 @@ const compare = (event: Event, place: Place) =>
 
 /** Estimates the memory that an event takes, in bytes. */
 const sizeOf = ({ text, tags }: Event) =>
-  500 + 2 * text.length + tags.reduce((sum, [name, value]) => sum + 200 + 2 * (name.length + value.length), 0);
+  500 + 2 * text.length + sumOf(tags, ([name, value]) => 200 + 2 * (name.length + value.length));
 
 /** The messages of a room or of a private talk, oldest first. */
 export class Log {
@@ -1514,7 +1515,7 @@ class Outbox {
   /** Keeps all queues together within their limit: the longest ones go. */
   static #bound(): void {
     const queues = Array.from(Outbox.#blocked, (outbox) => ({ outbox, bytes: outbox.queued }));
-    let excess = queues.reduce((sum, { bytes }) => sum + bytes, -LIMITS.allQueuesBytes);
+    let excess = sumOf(queues, ({ bytes }) => bytes) - LIMITS.allQueuesBytes;
     if (excess <= 0) return;
     for (const { outbox, bytes } of queues.sort((one, other) => other.bytes - one.bytes)) {
       if (excess <= 0) return;
@@ -2430,7 +2431,7 @@ function sendPrivately({ server, member, reply }: MemberContext, other: Member, 
     received.end();
   }
   if (message.kind !== "PRIVMSG") return;
-  if (!other.sessions.size) reply.numeric("301", other.nick, "Is not here, and reads it on return");
+  if (!other.sessions.size) reply.numeric("301", other.nick, "Is not here, and will read it on return");
   else if (other.away) reply.numeric("301", other.nick, other.away);
 }
 
@@ -2459,7 +2460,7 @@ function handleChathistory({ server, member, params, reply }: MemberContext): vo
   if (verb === "TARGETS") return replyWithTargets(member, reply, from?.time ?? 0, until?.time ?? 0, limit);
   const [room, other] = [server.findRoom(target), server.accounts.find(target)];
   const mayRead = room ? member.rooms.has(room) : other;
-  if (!mayRead) return fail("INVALID_TARGET", target, "Messages could not be retrieved");
+  if (!mayRead) return fail("INVALID_TARGET", target, "You are not in that room, or there is no such account");
   const log = room?.log ?? (other && member.talks.get(other)) ?? new Log();
   const events = readHistory(log, verb, limit, from, until);
   if (!events) return fail("INVALID_PARAMS", subcommand, "There is no such subcommand");
@@ -3077,7 +3078,7 @@ function listenFault({ code = "", message }: NodeJS.ErrnoException, host: string
       `are you serving already? ${CHAT} serve ${bracketed(host)}:${port + 1} takes another one`,
     ],
     [/EACCES/, `listening on port ${port} is not permitted`, "ports from 1024 on are free to use"],
-    [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 is all that it has"],
+    [/EADDRNOTAVAIL/, `${host} is not an address of this machine`, "0.0.0.0 means every address of this machine"],
     [/ENOTFOUND/, `there is no host called ${host}`, "127.0.0.1 is this machine"],
   ];
   const [, what, hint] = faults.find(([pattern]) => pattern.test(`${code} ${message}`)) ??
@@ -3334,7 +3335,7 @@ export interface UiEvents {
   onEnd?(): void; // a pipe has no more input
   onLeave(key: "Ctrl-C" | "Ctrl-D"): void; // pressed when nothing was typed or asked
   onSwitch?(number: number): void; // Alt-1 … 9
-  onGone(): void; // the terminal has gone, or nobody reads the output any more
+  onGone(why?: string): void; // the terminal has gone, nobody reads the output any more, or it cannot be written
   onTab?(before: string): readonly string[]; // what could stand in place of the text before the cursor
   onTyped?(line: string): string | undefined; // what is to stand in place of the line
 }
@@ -3405,6 +3406,10 @@ abstract class PersonalUi implements Ui {
     });
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
+    process.stdin.prependListener("keypress", (_, { name = "", ctrl = false }: Key = {}) => {
+      const recalls = /^(up|down)$/.test(name) || (ctrl && /^[pn]$/.test(name));
+      if (recalls) Object.assign(editor, { cursor: editor.line.length }); // readline drops what is behind the cursor
+    });
     process.stdin.on("keypress", (_, key?: Key) => {
       if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
       const line = this.question ? undefined : this.events?.onTyped?.(editor.line);
@@ -3594,7 +3599,9 @@ class PipeUi implements Ui {
       this.#ended = true;
       this.#events?.onEnd?.();
     });
-    process.stdout.on("error", () => this.#events?.onGone());
+    process.stdout.on("error", ({ code, message }: NodeJS.ErrnoException) => {
+      this.#events?.onGone(code === "EPIPE" ? undefined : `standard output cannot be written: ${message}`);
+    });
   }
   listen(events: UiEvents): void {
     this.#events = events;
@@ -3826,13 +3833,16 @@ class Link {
       this.heardAt = clock.now();
       this.isPinged = false;
       splitter.push(chunk);
-      for (let split; (split = splitter.next());) if (!split.fault) this.#take(split.text);
+      let lines = 0;
+      for (let split; (split = splitter.next()); lines++) if (!split.fault) this.#take(split.text, chunk.length);
+      if (lines > 1) this.lesson?.tell("←", `← these ${lines} lines came in one: ${recorded(chunk.length)}`);
     });
     socket.on("error", (error) => this.end(error.message));
     socket.on("close", () => this.end("the server closed the connection"));
   }
-  #take(text: string): void {
-    this.#explainLine("←", text);
+  /** @param chunkBytes with what it came */
+  #take(text: string, chunkBytes: number): void {
+    this.#explainLine("←", text, Buffer.byteLength(text) + 2 === chunkBytes);
     const { tags, ...rest } = parse(text);
     const line = { ...rest, tags: tags.size ? new Map([...tags].filter(([name]) => KNOWN_TAGS.has(name))) : NO_TAGS };
     if (line.command === "PING") return this.send("PONG", line.params);
@@ -3852,17 +3862,18 @@ class Link {
   send(command: string, params: readonly string[], tags: readonly Tag[] = []): void {
     if (this.ended || !this.trust) return;
     const line = `${format(command, params, "", tags)}\r\n`;
-    this.#explainLine("→", line.trimEnd());
+    this.#explainLine("→", line.trimEnd(), true);
     this.socket.write(line);
     if (this.socket.writableLength > LIMITS.queueBytes) this.end("it does not read what it is sent");
   }
   /** Shows a line, without its tags and without what belongs to the login. */
-  #explainLine(arrow: "→" | "←", line: string): void {
+  #explainLine(arrow: "→" | "←", line: string, isAlone: boolean): void {
     const text = line.replace(/^@\S* /, "");
     const shown = text.replace(/^(AUTHENTICATE|REGISTER \* \*|PASS) \S{9,}/, "$1 …");
     const [kind = ""] = /^(:\S* )?\S+/.exec(text) ?? [];
     const tags = text === line ? "" : "@… "; // left out, but counted
-    this.lesson?.tell(arrow + kind, `${arrow} ${tags}${shown}  ${recorded(Buffer.byteLength(line) + 2)}`);
+    const bytes = Buffer.byteLength(line) + 2;
+    this.lesson?.tell(arrow + kind, `${arrow} ${tags}${shown}  ${isAlone ? recorded(bytes) : `(${bytes} bytes)`}`);
   }
   /** Drops lines until one has this command, and returns it. @throws {Fault} once the connection has ended */
   async next(command = /^/): Promise<Line> {
@@ -3883,6 +3894,9 @@ class Link {
 /** The words of a line from the server, in the way in which the program writes its own. */
 const wordsOf = ({ params }: Line) =>
   clean(params.at(-1) ?? "").replace(/^[A-Z](?=[a-z]*:? )/, (first) => first.toLowerCase());
+
+/** The reason in a reply such as `904 ana :SASL authentication failed: Wrong password`. */
+const reasonIn = (line: Line) => wordsOf(line).replace(/^[^:]*: ./, (head) => head.slice(-1).toLowerCase());
 
 /** The Fault of a connection that an operator's command has ended: reconnecting would be wrong. */
 function dismissalOf(why: string): Fault | undefined {
@@ -3963,6 +3977,7 @@ class Login {
   readonly #options: Settings;
   #password: string | undefined; // until the keys are made from it
   #pin: string | undefined; // of the key that was accepted: no other is from then on
+  #refusal = ""; // why SCRAM has failed
   #cancelDeadline = () => {};
   constructor(options: Settings) {
     this.#options = options;
@@ -4005,7 +4020,10 @@ class Login {
     this.#cancelDeadline();
     const answer = await ui.ask(clean(question), hidden);
     if (answer === undefined) {
-      throw ui.hasPerson ? new Fault("cancelled") : new Fault("there is nobody to ask", hint, 2);
+      const what = question.charAt(0).toLowerCase() + question.slice(1).replace(/: $/, "");
+      throw ui.hasPerson
+        ? new Fault("cancelled")
+        : new Fault(`no ${what} was given, and there is nobody to ask`, hint, 2);
     }
     this.hasAsked = true;
     this.#startDeadline(link);
@@ -4147,7 +4165,9 @@ class Login {
       if (answer.startsWith("e=")) return answer;
       step = await scram.next(answer);
       if (!step.done) {
-        this.#explain("the server gave its salt and a number; we prove the password, for this connection only");
+        this.#explain(
+          "the server gave its salt and the cost of a guess; we prove the password, for this connection only",
+        );
       }
     }
     if (!step.value) throw new Fault("this server does not know the password", "it may stand in for the right one", 3);
@@ -4160,24 +4180,26 @@ class Login {
   async #saslAnswer(link: Link): Promise<string> {
     const line = await link.next(/^(AUTHENTICATE|904)$/);
     if (line.command === "904") { // not because of the password
-      const why = wordsOf(line).replace(/^[^:]*: ./, (head) => head.slice(-1).toLowerCase());
-      throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "try again later");
+      const why = reasonIn(line);
+      throw /operator/.test(why) ? new Fault(why, "ask whoever runs the server") : new Lost(why, "");
     }
     const message = fromBase64(line.params[0]).toString();
     if (message === "e=channel-bindings-dont-match") {
       const hint = "the certificate that you see is not the server's";
       throw new Fault("somebody sits between you and the server", hint, 3);
     }
-    if (message.startsWith("e=")) await link.next(/^904$/);
+    if (message.startsWith("e=")) this.#refusal = reasonIn(await link.next(/^904$/));
     return message;
   }
   async #keysFor(link: Link, salt: Buffer): Promise<Keys> {
     if (this.keys?.salt.equals(salt)) return this.keys;
+    if (!this.#password) this.#note(`the password of ${this.nick} was changed`);
     this.#password ??= await this.#ask(link, `Password of ${this.nick}: `, "it was changed: join again", true);
     return this.keys = await deriveKeys(this.#password, salt);
   }
   /** Registers the nick with a verifier: the password itself stays here. */
   async #register(link: Link): Promise<void> {
+    if (/operator|server/.test(this.#refusal)) return this.#cannotRegister(this.#refusal);
     if (!this.isReturning && this.#options.password === undefined) {
       const question = `${this.nick} is free. Repeat the password to register: `;
       if (await this.#ask(link, question, "", true) !== this.#password) {
@@ -4194,8 +4216,10 @@ class Login {
       return this.#explain("registered: the server keeps a verifier, and did not get the password");
     }
     if (line.params[1] === "ACCOUNT_EXISTS") return; // perhaps by this client, before the connection broke
+    this.#cannotRegister(wordsOf(line));
+  }
+  #cannotRegister(why: string): void {
     this.keys = undefined;
-    const why = wordsOf(line);
     const hint = /operator|server/.test(why) ? "ask whoever runs the server" : OTHER_NICK;
     if (this.#options.nick || this.isReturning) throw new Fault(why, hint);
     this.#note(why);
@@ -4232,6 +4256,7 @@ class Connection {
   readonly #events: ConnectionEvents;
   #phase: Phase = { is: "connecting" };
   #tries = 0; // to connect, since a connection lasted
+  #refusal = ""; // why the last login was refused, without its numbers
   #stop = () => {};
   constructor(options: Settings, login: Login, events: ConnectionEvents) {
     this.#options = options;
@@ -4274,7 +4299,7 @@ class Connection {
   reconnect(): void {
     this.#tries = 0;
     if (this.#phase.is === "waiting") this.#phase.retry();
-    this.link?.end("at your request");
+    this.link?.end("as you asked");
   }
 
   async #stayConnected(): Promise<void> {
@@ -4311,6 +4336,9 @@ class Connection {
     if (phase.is === "online") {
       if (this.#options.clock.now() - phase.since >= LIMITS.steadyMs) this.#tries = 0;
       this.#events.onLost(error.message);
+    } else if (phase.is === "logging in" && !wasAsking && this.#refusal !== error.message.replace(/\d+/g, "")) {
+      this.#options.ui.note(clean(`cannot log in again yet: ${error.message}`));
+      this.#refusal = error.message.replace(/\d+/g, "");
     }
     if (!wasAsking) await this.#waitToRetry();
   }
@@ -4503,7 +4531,7 @@ class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
   readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
   target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
-  hasJoined = false; // a room, at some time: without a target it has left the last one since
+  hasEntered = false; // a room, at some time: without a target it has left the last one since
   readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
   readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
@@ -4553,7 +4581,10 @@ class Conversations {
     else if (command === "332") room.topic = last;
     else if (command === "353") {
       for (const nick of last.split(" ").filter(Boolean)) room.add(clean(nick));
-    } else if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
+    } else {
+      this.hasEntered = true;
+      if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
+    }
   }
   /** The connection was lost: what comes from now on is to be asked for on the next one. */
   disconnected(): void {
@@ -4574,7 +4605,6 @@ class Conversations {
     room.joinedAt = time;
     this.rooms.set(fold(name), room);
     if (this.rooms.size > LIMITS.roomsPerMember) this.#forgetRoom(room);
-    this.hasJoined = true;
     room.nicks.clear();
     room.topic = ""; // 332 follows if there is one
     if (room.cursor) {
@@ -4681,7 +4711,7 @@ class Conversations {
     }
     const expected = room?.state === "page after cursor" && room.cursor?.id;
     if (expected && !lines.some(({ tags }) => tags.get("msgid") === expected)) {
-      this.#transcript.note("something may be missing here: the server no longer has it");
+      this.#transcript.note(`${target}: something may be missing, which the server no longer has`);
     }
     for (const line of isLatest ? lines.slice(-HISTORY_SHOWN) : lines) this.#show(line, isLatest ? "old" : "new");
     const last = lines.at(-1)?.tags.get("msgid");
@@ -4889,13 +4919,14 @@ class Client implements ConnectionEvents {
     if (this.connection.isOver) return;
     const { link, room } = this;
     if (link && this.#knowsBoot && room?.state !== "absent") this.#queue.pump(link, this.target);
-    if (this.#isFinishing && !this.waiting && this.conversations.hasJoined) return this.connection.leave();
+    if (this.#isFinishing && !this.waiting && this.conversations.hasEntered) return this.connection.leave();
     this.#showPrompt(this.#login.isReturning && (!link || room?.state === "absent"));
   }
   #showPrompt(isOffline: boolean): void {
     const [oldest] = this.#queue.messages.values(); // the first ones are acknowledged soon
     const isSlow = oldest && (isOffline || this.#options.clock.now() - oldest.enteredAt > LIMITS.slowMs);
-    const state = [isOffline && "offline", isSlow && `${this.waiting} waiting`].filter(Boolean).join(", ");
+    const states = [isOffline && "offline", this.#isFinishing && "leaving", isSlow && `${this.waiting} waiting`];
+    const state = states.filter(Boolean).join(", ");
     const byKind = [...this.conversations.unread.values()].sort((one, other) => one.name < other.name ? -1 : 1);
     const unread = byKind.map(({ name, count }) => `${name} ${count}`); // rooms first: "#" sorts before letters
     const after = unread.length ? ` [${listed(unread, 3)}]` : "";
@@ -4907,7 +4938,7 @@ class Client implements ConnectionEvents {
   /** Sends a command now, or says that it cannot. */
   request(command: string, ...params: readonly string[]): void {
     if (this.link) this.link.send(command, params);
-    else this.fail("not connected");
+    else this.fail("not connected: that was not done");
   }
   /** Leaves when everything has been sent. */
   finish(): void {
@@ -4922,7 +4953,8 @@ class Client implements ConnectionEvents {
   say(target: string, text: string, wrapPart = (part: string) => part): void {
     const to = target || this.target;
     this.conversations.unread.delete(fold(to));
-    if (!to && this.conversations.hasJoined) return this.fail("you are in no room: /join #ROOM enters one");
+    if (!to && this.conversations.hasEntered) return this.fail("you are in no room: /join #ROOM enters one");
+    if (this.#isFinishing && this.ui.hasPerson) return this.note(`not sent, as you are leaving: ${text}`);
     for (const part of splitText(text, sourceOf(this.#login.nick), to, wrapPart(""))) {
       if (this.ui.hasPerson && this.waiting >= LIMITS.outbox) return this.note(`not sent, as too much waits: ${part}`);
       this.#queue.add({ target: to, text: wrapPart(part), enteredAt: this.#options.clock.now() });
@@ -4948,7 +4980,7 @@ class Client implements ConnectionEvents {
   /** Leaves when what waits has been sent; the second time at once. */
   leave(): void {
     if (!this.link || !this.waiting || this.#isFinishing) return this.connection.leave();
-    this.note(`leaving when ${plural(this.waiting, "line is", "lines are")} sent; again to leave at once`);
+    this.note(`leaving as soon as ${plural(this.waiting, "line is", "lines are")} sent; /exit again leaves at once`);
     this.finish();
   }
 
@@ -4965,10 +4997,7 @@ class Client implements ConnectionEvents {
       case "NOTICE":
         return conversations.message(line);
       case "JOIN":
-        if (isOwn) {
-          conversations.joined(first, timeOf(line, this.#options.clock), this.ui.hasPerson);
-          return this.ui.acceptLines(); // what was entered before this goes to the first room
-        }
+        if (isOwn) return conversations.joined(first, timeOf(line, this.#options.clock), this.ui.hasPerson);
         return room && conversations.presence(room, nick, "joined");
       case "PART":
         if (!room || !isOwn) return room && conversations.presence(room, nick, "left");
@@ -5001,8 +5030,10 @@ class Client implements ConnectionEvents {
         return conversations.numeric(line);
       case "332":
       case "353":
-      case "366":
         return conversations.numeric(line);
+      case "366":
+        conversations.numeric(line);
+        return this.ui.acceptLines(); // what was entered before this goes to the first room
       default:
         return showReply(this, line);
     }
@@ -5029,7 +5060,10 @@ function showReply(client: Client, line: Line): void {
     for (const { name } of conversations.unread.values()) {
       if (!name.startsWith("#")) client.note(`${name}${conversations.unreadIn(name)}`);
     }
-  } else if (/^(30[1-6]|4(?!22)\d\d|5\d\d)$/.test(command)) {
+  } else if (command === "301") {
+    const text = wordsOf(line); // an away message, or the server says that nobody of that account is here
+    client.note(`${room} ${text.startsWith("is not here") ? text : `is away: ${text}`}`);
+  } else if (/^(30[2-6]|4(?!22)\d\d|5\d\d)$/.test(command)) {
     client.note([...params.slice(1, -1), wordsOf(line)].join(": "));
   }
   const { target, current, rooms } = conversations;
@@ -5068,7 +5102,7 @@ const SLASH: Table<SlashCommand> = {
   join: row("#ROOM", "enter a room, or switch to it; Alt-1 … Alt-9 switch as well", (client, rest) => {
     const name = roomIn(rest);
     if (isRoom(name)) client.talkTo(name);
-    else client.fail(`${name} is not a valid name of a room`);
+    else client.fail(`${name} is not a valid name of a room: ${LIMITS.room} bytes at most, no space, no comma`);
   }),
   part: row("[#ROOM]", "leave this room, or another one", (client, rest) => {
     const name = rest ? roomIn(rest) : client.target;
@@ -5102,12 +5136,14 @@ const SLASH: Table<SlashCommand> = {
     if (rest) client.note(`${rest} is ${wasHidden ? "no longer ignored" : "ignored"}${unknown}`);
     else client.note(ignored.size ? `you ignore ${[...ignored].join(", ")}` : "you ignore nobody");
   }),
-  bell: row("[on|off]", "ring when you are named", ({ transcript }, rest) => {
-    if (rest) transcript.rings = rest !== "off";
-    transcript.note(`the bell is ${transcript.rings ? "on" : "off"}`);
+  bell: row("[on|off]", "ring when you are named", (client, rest) => {
+    const { transcript } = client;
+    if (!/^(on|off)?$/.test(rest)) return misused(client, "bell");
+    if (rest) transcript.rings = rest === "on";
+    client.note(`the bell is ${transcript.rings ? "on" : "off"}`);
   }),
   tls: row("", "describe the connection", (client) => {
-    if (!client.link) return client.fail("not connected");
+    if (!client.link) return client.fail("not connected: that was not done");
     for (const fact of client.link.facts()) client.note(layOut(fact));
   }),
   password: row("", "change your password", askNewPassword),
@@ -5138,8 +5174,9 @@ function showHelp(client: Client, rest: string): void {
 
 function showHistory(client: Client, rest: string): void {
   const { link, target, conversations } = client;
-  const wanted = /^[1-9]\d*$/.test(rest) ? Number(rest) : HISTORY_SHOWN;
-  if (!link || !target) return client.fail(link ? noRoom("") : "not connected");
+  if (!/^([1-9]\d*)?$/.test(rest)) return misused(client, "history");
+  const wanted = rest ? Number(rest) : HISTORY_SHOWN;
+  if (!link || !target) return client.fail(link ? noRoom("") : "not connected: that was not done");
   if (!conversations.requestEarlier(target, Math.min(wanted, LIMITS.chathistory))) {
     client.fail("the history is being loaded");
   } else if (wanted > LIMITS.chathistory) {
@@ -5148,6 +5185,12 @@ function showHistory(client: Client, rest: string): void {
 }
 
 const findCommand = (name: string) => rowOf(SLASH, rowOf(ALIASES, name) ?? name);
+
+/** Says how a command is meant that was not entered like that. */
+function misused(client: Client, name: string): void {
+  const { usage = "", about = "" } = findCommand(name) ?? {};
+  client.fail(`${`/${name} ${usage}`.trim()}: ${about}`);
+}
 
 /** What is done with lines that were entered: the commands among them are said, or run; or nothing is. */
 type Treatment = "say" | "run" | "no";
@@ -5176,7 +5219,8 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
   if (!found) {
     return client.fail(`there is no /${name}${suggestion("/", name, Object.keys(SLASH))}; /help lists all`);
   }
-  if (/^[^[]/.test(found.usage) && !rest) return client.fail(`/${name} ${found.usage}: ${found.about}`);
+  const isOptional = found.usage.startsWith("[");
+  if (!isOptional && Boolean(found.usage) !== Boolean(rest)) return misused(client, name);
   return found.run(client, rest);
 }
 
@@ -5184,7 +5228,7 @@ function runCommand(client: Client, name: string, rest: string): void | Promise<
 const isCommand = (text: string) => findCommand(/^\/([^ /]+)/.exec(text)?.[1]?.toLowerCase() ?? "") !== undefined;
 
 async function askNewPassword(client: Client): Promise<void> {
-  if (!client.link) return client.fail("not connected");
+  if (!client.link) return client.fail("not connected: that was not done");
   const password = await client.ui.ask(clean("New password: "), true);
   const again = password && await client.ui.ask(clean("Repeat it: "), true);
   if (!password || again === undefined) return client.note("nothing is changed");
@@ -5252,7 +5296,10 @@ export async function join(options: JoinOptions): Promise<number> {
       const place = client.conversations.places[number - 1];
       if (place) client.talkTo(place);
     },
-    onGone: leave,
+    onGone: (why) => {
+      if (why) client.fail(why);
+      leave();
+    },
     onTab: (before) => completionsOf(before, client),
     onTyped: (line) =>
       line === "/r " && client.transcript.correspondent
@@ -5366,11 +5413,12 @@ function readArguments(command: "serve" | "join", args: readonly string[]): { ad
     const found = rowOf(known, name);
     if (!found) {
       const near = suggestion("--", name, Object.keys(known)).slice(2);
-      throw wrong(`chat ${command} has no option --${name}`, near || `${CHAT} help ${command}`);
+      throw wrong(`chat ${command} has no option ${word.replace(/=.*/s, "")}`, near || `${CHAT} help ${command}`);
     }
     const { usage, about, run } = found;
     const text = attached ?? (run && left.shift()) ?? "";
-    const value = run ? run(text) : !text || undefined;
+    const value = run ? run(text) : true;
+    if (!run && text) throw wrong(`--${name} takes no value`, `--${name}: ${about}`);
     if (value === undefined) throw wrong(`--${name} cannot be "${text}"`, `--${name} ${usage}: ${about}`);
     options[name.replace(/-./g, (match) => match.charAt(1).toUpperCase())] = value; // maxClients for --max-clients
   }
@@ -5493,26 +5541,29 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
   const records: string[] = [];
   const early: string[] = []; // commands that came before the server listens
   let take = (_line: string) => {};
-  const isCut = await new Promise<boolean>((done) => {
+  const mayBeCut = await new Promise<boolean>((done) => {
     let end = (rest: string) => {
-      if (rest) log.print("the last line of the accounts was cut off, and is lost");
+      if (rest) log.print("the last line of the accounts has no line break: it may have been cut off");
+      if (rest) records.push(rest);
       done(rest !== "");
     };
     take = (line) => {
       if (line.trim()) return void records.push(line);
       take = (command) => early.push(command);
       end = (command) => take(command); // which needs no line break
-      done(false);
+      done(records.length > 0); // the empty line may not be in the file, but have come after it
     };
     readInput((line) => take(line), (rest) => end(rest));
   });
   const onCommand = (run: (line: string) => void) => {
-    take = (line) =>
-      /^\s*$/.test(line) || (line.startsWith("/") ? run(line) : log.print("commands begin with a slash"));
+    take = (line) => {
+      if (line.startsWith("/")) run(line);
+      else if (/ SCRAM-SCRYPT\$/.test(line)) log.print("an account after an empty line is not read");
+      else if (line.trim()) log.print("commands begin with a slash");
+    };
     early.forEach(take);
   };
-  const isWhole = /^#|=$|e[dn]$/.test(records.at(-1) ?? "#"); // a comment, a verifier, or a word such as "forgotten"
-  return { records, journal: continueJournal(isCut || !isWhole, log), onCommand };
+  return { records, journal: continueJournal(mayBeCut, log), onCommand };
 }
 
 /** Reads lines from standard input. @param onEnd takes what follows the last line break */
@@ -5530,10 +5581,10 @@ function readInput(onLine: (line: string) => void, onEnd: (rest: string) => void
 /**
  * Continues a journal on standard output, one record after the other. A record counts when its line break has been
  * written: a disk that is full takes a part of a record without an error.
- * @param isCut whether the journal ends within a line
+ * @param mayBeCut whether the journal may end within a line
  */
-function continueJournal(isCut: boolean, log: OperatorLog): Journal {
-  let isBroken = isCut; // the last line may not have ended: a comment ends it
+function continueJournal(mayBeCut: boolean, log: OperatorLog): Journal {
+  let isBroken = mayBeCut; // then a comment ends the last line, or is a line of its own
   let last: Promise<unknown> = Promise.resolve();
   const append = (record: string) =>
     new Promise<boolean>((resolve) => {
@@ -5642,38 +5693,47 @@ function namesOf(host: string): readonly string[] {
 
 /** Prints an account line for `serve --accounts`. */
 async function mainVerifier([nick = "", ...more]: readonly string[]): Promise<number> {
-  if (!isNick(nick) || more.length) {
-    throw wrong(`"${nick}" is not a nick`, `${CHAT} verifier NICK; ${REFUSALS["bad nick"]}`);
-  }
-  const password = environment("CHAT_PASSWORD") ?? await askHidden(`Password of ${nick}: `);
-  if (!password) throw new Fault("no password was given", "CHAT_PASSWORD sets it");
+  if (more.length) throw wrong("one nick is enough", `${CHAT} verifier NICK`);
+  if (!isNick(nick)) throw wrong(`"${nick}" is not a nick`, `${CHAT} verifier NICK; ${REFUSALS["bad nick"]}`);
+  const password = environment("CHAT_PASSWORD") ?? await askTwice(`Password of ${nick}: `);
   const verifier = verifierOf(await deriveKeys(password));
   write(process.stdout, `${recordOf(nick, formatVerifier(verifier), Date.now())}\n`);
+  await flushed(process.stdout);
+  if (unwritten.get(process.stdout)) throw new Fault("the line could not be written");
   return 0;
 }
 
-/** Asks on standard error: standard output is for the line. @returns undefined if nobody answers */
-async function askHidden(question: string): Promise<string | undefined> {
-  if (!process.stdin.isTTY) return undefined;
+/** Asks for a password on standard error: standard output is for the line. @throws {Fault} if there is none */
+async function askTwice(question: string): Promise<string> {
+  if (!process.stdin.isTTY) throw new Fault("no password was given", "CHAT_PASSWORD sets it");
+  const answers: string[] = [];
   const editor = openEditor(() => {}); // before the question, or the terminal echoes an answer that comes at once
   write(process.stderr, question);
-  const answer = await new Promise<string | undefined>((resolve) => {
-    editor.on("line", resolve);
-    editor.on("close", () => resolve(undefined));
-    editor.on("SIGINT", () => resolve(undefined));
+  await new Promise<void>((done) => {
+    editor.on("line", (line) => {
+      if (answers.push(line) === 1) write(process.stderr, "\nRepeat it: ");
+      else editor.close();
+    });
+    editor.on("SIGINT", () => editor.close());
+    editor.on("close", done);
   });
-  editor.close();
   write(process.stderr, "\n");
-  return answer;
+  const [password = "", again] = answers;
+  if (password !== again) throw new Fault(again === undefined ? "cancelled" : "the passwords do not match");
+  return password || askTwice(question);
 }
 
 async function mainJoin(args: readonly string[]): Promise<number> {
   const { address, options } = readArguments("join", args);
   const [, who, target = "", written] = /^(?:([^@]*)@)?([^/]*)(?:\/(.*))?$/s.exec(address) ?? [];
   if (!target) throw wrong("join which server?", `${CHAT} join HOST:PORT`);
+  if (/^\w+:\/\//.test(address)) throw wrong(`${address} is not an address`, `${CHAT} join HOST:PORT`);
   const pin = written === undefined ? undefined : readPin(written);
   if (written !== undefined && !pin) {
     throw wrong(`${written} is not a pin`, "a pin is six groups of four, of a-z and 2-7");
+  }
+  if (who && options.nick && who !== options.nick) {
+    throw wrong(`who are you, ${who} or ${options.nick}?`, "one is enough");
   }
   const { nick = who, room, timeout, plain = false, commands = false, listen: listens = false } = options;
   const { explain = false, keylog = false } = options;

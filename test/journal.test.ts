@@ -102,7 +102,7 @@ test("lines that are no account are named and skipped, and a line that was cut o
   ];
   const kept = new Kept(t, `${lines.join("\n")}\ncy 2026-11-25T20:31:00Z ${good.slice(0, 40)}`);
   const first = await kept.serve();
-  assert.match(first.err.all, /chat: the last line of the accounts was cut off, and is lost\n/);
+  assert.match(first.err.all, /chat: the last line of the accounts has no line break: it may have been cut off\n/);
   for (const at of [3, 4, 5]) {
     assert.ok(first.err.all.includes(` line ${at} of the accounts is not an account, and is skipped\n`));
   }
@@ -114,10 +114,25 @@ test("lines that are no account are named and skipped, and a line that was cut o
   assert.doesNotMatch(dan.all, /is registered now/, "its record does not continue the one that was cut off");
 });
 
+test("a last line that is whole but has no line break counts, and the next record begins a line of its own", async (t) => {
+  const verifier = formatVerifier(verifierOf(await deriveKeys("secret")));
+  const kept = new Kept(t, `ana 2026-11-25T20:31:00Z ${verifier}`);
+  for (const nicks of [["ana", "bo"], ["ana", "bo", "cy"]]) {
+    const { port, err, kill } = await kept.serve();
+    assert.doesNotMatch(err.all, /is skipped/);
+    const seen = await Promise.all(nicks.map((nick) => enter(t, port, nick)));
+    assert.deepEqual(
+      seen.map(({ all }) => all.includes("is registered now")),
+      nicks.map((nick) => nick === nicks.at(-1)),
+    );
+    await kill();
+  }
+});
+
 test("what the operator decides is in the journal, and commands come on standard input after an empty line", async (t) => {
   const verifier = formatVerifier(verifierOf(await deriveKeys("secret")));
   const input =
-    `ana 2026-11-25T20:31:00Z ${verifier}\n\n/forget ana\n/bar bo\n/unbar bo\n/admit cy\n/accounts\nhello\n`;
+    `ana 2026-11-25T20:31:00Z ${verifier}\n\n/forget ana\n/bar bo\n/unbar bo\n/admit cy\n/accounts\nhello\nbo 2026-11-25T20:31:00Z ${verifier}\n`;
   const child = spawn(BINARY, ["serve", "127.0.0.1:0", "--accounts"], { env: environment() });
   const [out, err] = [new Text(), new Text()];
   child.stdout.setEncoding("utf8").on("data", (text: string) => out.add(text));
@@ -129,10 +144,10 @@ test("what the operator decides is in the journal, and commands come on standard
   });
   child.stdin.write(input);
   await err.wait(
-    /chat: 0 accounts\nchat: barred: ana \(deleted\)\nchat: admitted: cy\nchat: commands begin with a slash\n/,
+    /chat: 0 accounts\nchat: barred: ana \(deleted\)\nchat: admitted: cy\nchat: commands begin with a slash\nchat: an account after an empty line is not read\n/,
   );
   const records = "ana \\S+Z forgotten\nbo \\S+Z barred\nbo \\S+Z unbarred\ncy \\S+Z admitted\n";
-  await out.wait(new RegExp(`^${records}$`));
+  await out.wait(new RegExp(`^#\n${records}$`));
   const accounts = new Accounts((nick, verifier) => ({ nick, verifier, networks: new Set<string>() }));
   for (const record of out.all.trim().split("\n")) assert.ok(accounts.apply(record), record);
   assert.deepEqual([...accounts.barred], [["ana", "forgotten"]]);
@@ -222,6 +237,8 @@ test(
     const kept = new Kept(t);
     const asking = new Terminal(t, ["sh", "-c", `${BINARY} verifier bo >>${kept.file}`]);
     await asking.wait(/^Password of bo:$/);
+    asking.enter("hidden");
+    await asking.wait(/^Repeat it:$/m);
     asking.enter("hidden");
     await asking.wait(/\[exit 0\]/);
     assert.doesNotMatch(asking.screen({ history: true }), /hidden|SCRAM/);

@@ -180,7 +180,7 @@ test(
     irssi.enter("/quit");
     await bo.wait(/:iris!iris@chat QUIT/);
     ana.enter("/msg iris while you were out");
-    await ana.wait(/-- iris: is not here, and reads it on return/);
+    await ana.wait(/-- iris is not here, and will read it on return/);
     const again = new Terminal(t, connect, { columns: 100 });
     await bo.wait(/:iris!iris@chat JOIN/);
     again.enter("/window 3");

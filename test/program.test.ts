@@ -133,7 +133,7 @@ test("a usage error names the wrong word, suggests the nearest right one, and en
     [["serve", "--history"], /--history cannot be ""/],
     [["serve", "--history=-1"], /--history cannot be "-1"/],
     [["serve", "--room", "a b"], /--room cannot be "a b"/],
-    [["serve", "--explain=yes"], /--explain cannot be "yes"/],
+    [["serve", "--explain=yes"], /--explain takes no value/],
     [["serve", "one", "two"], /one address is enough/],
     [["serve", "1:2:3"], /1:2:3 is not an address/],
     [["serve", ":70000"], /:70000 is not an address/],
@@ -364,7 +364,7 @@ test("join in a pipe without a nick or a password says what is missing, and ends
   const noNick = joinProcess(t, `127.0.0.1:${port}`);
   noNick.end("x\n");
   assert.equal(await noNick.ended, 2);
-  assert.match(noNick.err.all, /there is nobody to ask\nchat: hint: \S+chat join NICK@HOST\n/);
+  assert.match(noNick.err.all, /no nick was given, and there is nobody to ask\nchat: hint: \S+chat join NICK@HOST\n/);
   const noPassword = joinProcess(t, `ana@127.0.0.1:${port}`, [], { password: "" });
   noPassword.end("x\n");
   assert.equal(await noPassword.ended, 2);

@@ -823,7 +823,7 @@ test("private messages to an absent member are delivered on return, and only onc
   bo.send("QUIT");
   await ana.wait(/:bo!bo@chat QUIT/);
   ana.send("PRIVMSG bo :one", "PRIVMSG bo :two");
-  await ana.wait(/ 301 ana bo :Is not here, and reads it on return\r\n/);
+  await ana.wait(/ 301 ana bo :Is not here, and will read it on return\r\n/);
   await ana.sync();
   const back = await enter(t, port, "bo", "server-time");
   await back.wait(/^@time=\S+ :ana!ana@chat PRIVMSG bo :one\r\n@time=\S+ :ana!ana@chat PRIVMSG bo :two\r\n/m);

@@ -1009,7 +1009,7 @@ test("commands that need the server say so while there is none", TMUX, async (t)
     ana.enter("/clear");
     await ana.wait(/^\[offline\] #chat>$/);
     ana.enter(command);
-    await ana.wait(/^-- not connected\n\[offline\] #chat>$/);
+    await ana.wait(/^-- not connected: that was not done\n\[offline\] #chat>$/);
   }
 });
 
