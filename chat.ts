@@ -3143,7 +3143,6 @@ function prepare(stream: NodeJS.WriteStream): void {
 
 /** Waits until what was written has been read, or can be read no more; for a terminal and for the log not long. */
 async function flushed(stream: NodeJS.WriteStream): Promise<void> {
-  if (!stream.writableLength) return;
   await new Promise<void>((done) => {
     stream.write("", () => done());
     if (stream === process.stderr || stream.isTTY) setTimeout(done, LIMITS.stopMs);
@@ -4224,6 +4223,7 @@ class Login {
     if (this.#options.nick || this.isReturning) throw new Fault(why, hint);
     this.#note(why);
     this.nick = "";
+    this.#password = this.#options.password; // another nick has another password
   }
 }
 

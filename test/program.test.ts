@@ -389,6 +389,29 @@ test("a script without input joins, leaves and ends with status 0", async (t) =>
   assert.equal(await script.ended, 0);
 });
 
+test("the first commands of a script wait until it knows the room", async (t) => {
+  const { port } = await serveHere(t, { topic: "the day" });
+  await enter(t, port, "bo");
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--commands"]);
+  script.end("/who\n/topic\n/ignore bo\n");
+  assert.equal(await script.ended, 0);
+  assert.match(script.err.all, /\nchat: 2 people in #chat: .*\nchat: topic of #chat: the day\nchat: bo is ignored\n$/);
+});
+
+test("a listener and a verifier whose output cannot be written say so, and end with status 1", async (t) => {
+  const { port } = await serveHere(t);
+  const bo = await enter(t, port, "bo");
+  const full = ["sh", "-c", 'exec "$@" >/dev/full', "sh", BINARY];
+  const listener = new help.Running(t, [...full, "join", `ana@127.0.0.1:${port}`, "--listen"], { CHAT_PASSWORD: "x" });
+  await bo.wait(/:ana!ana@chat JOIN #chat\r\n/);
+  bo.send("PRIVMSG #chat :hello");
+  assert.equal(await listener.ended, 1);
+  assert.match(listener.err.all, /\nchat: standard output cannot be written: .*ENOSPC.*\n$/);
+  const verifier = new help.Running(t, [...full, "verifier", "ana"], { CHAT_PASSWORD: "x" });
+  assert.equal(await verifier.ended, 1);
+  assert.equal(verifier.err.all, "chat: the line could not be written\n");
+});
+
 test("a script with a command that cannot be done says why, and ends with status 1", async (t) => {
   const { port } = await serveHere(t);
   for (const command of ["/msg 1up hi", "/r hi", "/join #", "/topci x"]) {

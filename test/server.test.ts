@@ -1086,7 +1086,8 @@ test("a room in which nothing was said closes when it becomes empty", async (t) 
 // ---- The operator
 
 test("the operator can lock and unlock registration, admit, kick, forget, and say something to everybody", async (t) => {
-  const { ana, bo, port, server } = await two(t, {}, "cap-notify");
+  const log: string[] = [];
+  const { ana, bo, port, server } = await two(t, { log: (line) => log.push(line) }, "cap-notify");
   const order = (name: string, nick = "", rest = "") =>
     [chat.CONSOLE[name]?.run(server, nick, rest) ?? ""].flat().join("\n");
   assert.match(order("who"), /^ana +127\.0\.0\.1 since \d\d:\d\d, idle 0 s\nbo /);
@@ -1098,6 +1099,9 @@ test("the operator can lock and unlock registration, admit, kick, forget, and sa
   cy.send("CAP LS 302", "NICK cy", "USER c 0 * :c", "REGISTER * * x");
   await cy.wait(/FAIL REGISTER TEMPORARILY_UNAVAILABLE \* :Registration is closed/);
   assert.doesNotMatch(cy.all, /account-registration/);
+  assert.equal(log.at(-1), "cy was refused from 127.0.0.1: registration is closed; the operator can admit a nick");
+  cy.send("CAP REQ sasl", "AUTHENTICATE PLAIN", `AUTHENTICATE ${plain("cy", "x")}`);
+  await cy.wait(/ 904 cy :SASL authentication failed: Registration is closed/); // not only that there is no account
   order("admit", "cy");
   cy.send("REGISTER * * x");
   await cy.wait(/REGISTER SUCCESS/);

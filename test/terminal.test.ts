@@ -169,6 +169,18 @@ test("the cursor stands where the next character will be inserted, also in a lin
   assert.equal(x, cells(rows.at(-1) ?? ""));
 });
 
+test("a line that is half typed is whole again after the arrow keys have recalled others", TMUX, async (t) => {
+  const { ana } = await joined(t);
+  ana.enter("whole day");
+  await ana.wait(/whole day\n#chat>$/);
+  ana.type("whole line");
+  ana.keys("C-a", "Up", "Up", "Down", "Down", "C-e");
+  ana.type("!");
+  await ana.untilTyped("#chat> whole line!");
+  ana.keys("C-u", "Up");
+  await ana.untilTyped("#chat> whole day");
+});
+
 test("after a resize the prompt is drawn once, with the whole half-typed line, below the messages", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { columns: 60 });
   for (let at = 0; at < 5; at++) bo.send(`PRIVMSG #chat :message number ${at} with a few words`);
