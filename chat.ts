@@ -19,7 +19,7 @@ import tls from "node:tls";
 
 /* =====================================================================================================================
  * Basics
- * Every limit is in one table, so that an operator can see what a peer may cost. Time comes from one clock, which tests
+ * The limits are in one table, so that an operator can see what a peer may cost. Time comes from one clock, which tests
  * replace. Three small mechanisms enforce most of the limits: a rate limit, a counter per network, and a semaphore.
  * ================================================================================================================== */
 
