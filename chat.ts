@@ -3405,10 +3405,7 @@ abstract class PersonalUi implements Ui {
     });
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
-    process.stdin.prependListener("keypress", (_, { name = "", ctrl = false }: Key = {}) => {
-      const recalls = /^(up|down)$/.test(name) || (ctrl && /^[pn]$/.test(name));
-      if (recalls) Object.assign(editor, { cursor: editor.line.length }); // readline drops what is behind the cursor
-    });
+    process.stdin.prependListener("keypress", (_, key: Key = {}) => this.#prepareFor(key));
     process.stdin.on("keypress", (_, key?: Key) => {
       if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
       const line = this.question ? undefined : this.events?.onTyped?.(editor.line);
@@ -3420,6 +3417,22 @@ abstract class PersonalUi implements Ui {
       editor.resume(); // it has paused, and relies on a prompt of its own to go on
       this.#markPastes(true);
     });
+  }
+  /**
+   * Changes the line so that readline's own handling of a key does what is meant: it drops what is behind the cursor
+   * when it recalls a line, and moves and deletes by code points, where a grapheme cluster may have several.
+   */
+  #prepareFor({ name = "", ctrl = false, meta = false }: Key): void {
+    const { line, cursor } = this.editor;
+    const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
+    if (/^(up|down)$/.test(name) || (ctrl && /^[pn]$/.test(name))) Object.assign(this.editor, { cursor: line.length });
+    if (ctrl || meta || !/^(left|right|backspace|delete)$/.test(name)) return;
+    const isLeft = name === "left" || name === "backspace";
+    const points = [...(isLeft ? graphemes(before).at(-1) : graphemes(after)[0]) ?? ""];
+    const more = (isLeft ? points.slice(1) : points.slice(0, -1)).join("").length; // than readline takes
+    if (name === "backspace") Object.assign(this.editor, { line: before.slice(0, before.length - more) + after });
+    if (name === "delete") Object.assign(this.editor, { line: before + after.slice(more) });
+    else Object.assign(this.editor, { cursor: isLeft ? cursor - more : cursor + more });
   }
   /** Has the terminal put marks around pastes, or no longer. */
   #markPastes(on: boolean): void {

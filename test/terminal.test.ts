@@ -181,6 +181,27 @@ test("a line that is half typed is whole again after the arrow keys have recalle
   await ana.untilTyped("#chat> whole day");
 });
 
+test("the arrow keys, Backspace and Delete take an emoji of several code points as one character", TMUX, async (t) => {
+  const { ana } = await joined(t);
+  ana.type("a👍🏽b👩‍👩‍👧c");
+  ana.keys("Left", "Left");
+  ana.type("1");
+  ana.keys("Left", "Left", "Left");
+  ana.type("2");
+  ana.keys("Right", "Right");
+  ana.type("3");
+  ana.enter("");
+  await ana.wait(/ana +a2👍🏽b31👩‍👩‍👧c$/m);
+  ana.type("x👍🏽👩‍👩‍👧y");
+  ana.keys("Left", "BSpace", "BSpace");
+  ana.enter("z");
+  await ana.wait(/ana +xzy$/m);
+  ana.type("x👍🏽🇨🇭y");
+  ana.keys("Home", "Right", "Delete", "Delete");
+  ana.enter("-");
+  await ana.wait(/ana +x-y$/m);
+});
+
 test("after a resize the prompt is drawn once, with the whole half-typed line, below the messages", TMUX, async (t) => {
   const { ana, bo } = await joined(t, { columns: 60 });
   for (let at = 0; at < 5; at++) bo.send(`PRIVMSG #chat :message number ${at} with a few words`);
