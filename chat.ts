@@ -1057,10 +1057,16 @@ export class Accounts<A extends Account> {
     if (!verifier) return "gone"; // it disconnected before its turn
     const later = this.#objectionTo(nick); // somebody may have been faster
     if (later) return later;
-    this.#registering.add(fold(nick));
+    const key = fold(nick);
+    const bar = this.barred.get(key);
+    this.#registering.add(key);
     const isWritten = await this.#write(nick, formatVerifier(verifier));
-    this.#registering.delete(fold(nick));
-    return isWritten ? this.#keep(nick, verifier, visitor) : "unwritten";
+    this.#registering.delete(key);
+    const newBar = this.barred.get(key);
+    if (!isWritten) return "unwritten";
+    const account = this.#keep(nick, verifier, visitor);
+    if (newBar && newBar !== bar) this.barred.set(key, newBar); // the operator was faster
+    return account;
   }
   /** Gives a nick an account with that verifier, whatever was decided about the nick before. */
   #keep(nick: string, verifier: Verifier, visitor?: Visitor): A {
@@ -2153,7 +2159,7 @@ function welcome({ server, session, reply }: Context, member: Member): void {
     reply.event(server.happens(room, "JOIN", member.nick, member.realName));
     replyWithRoom(reply, room);
   }
-  if (arrives) server.join(member, server.lobby, reply);
+  if (arrives || !member.rooms.size) server.join(member, server.lobby, reply);
   if (server.options.warning) reply.server("NOTICE", member.nick, server.options.warning);
   for (const event of missed) reply.event(event);
 }
@@ -2819,8 +2825,8 @@ function keyToBar(who: string): string | undefined {
   if (isNick(who)) return fold(who);
   const forms = [
     /^(?:::ffff:)?(\d+\.\d+\.\d+\.\d+)(?::\d+)?$/i,
-    /^\[(?:::ffff:)?([\da-f:.]+)(?:%\w+)?\](?::\d+)?$/i,
-    /^([\da-f:]+)(?:%\w+)?(?:\/64)?$/i,
+    /^\[(?:::ffff:)?([\da-f:.]+)(?:%[^\]\s/]+)?\](?::\d+)?$/i,
+    /^([\da-f:]+)(?:%[^\]\s/]+)?(?:\/64)?$/i,
   ];
   const address = forms.map((form) => form.exec(who)?.[1]).find(Boolean) ?? "";
   const url = address.includes(":") ? `http://[${address}]` : `http://${address}`; // which URL writes in one way
@@ -3281,6 +3287,31 @@ function takePastes(input: NodeJS.ReadStream, take: (text: string) => void): voi
   };
 }
 
+/** A key that readline has recognised. */
+interface Key {
+  readonly name?: string;
+  readonly ctrl?: boolean;
+  readonly meta?: boolean;
+}
+
+/**
+ * Changes the line so that readline's own handling of a key does what is meant: it drops what is behind the cursor
+ * when it recalls a line, and moves and deletes by code points, where a grapheme cluster may have several.
+ */
+function prepareFor(editor: readline.Interface, { name = "", ctrl = false, meta = false }: Key): void {
+  const { line, cursor } = editor;
+  const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
+  if (/^(up|down)$/.test(name) || (ctrl && /^[pn]$/.test(name))) Object.assign(editor, { cursor: line.length });
+  const action = ctrl ? rowOf({ b: "left", f: "right", d: "delete" }, name) : name;
+  if (meta || !/^(left|right|backspace|delete)$/.test(action ?? "")) return;
+  const isLeft = action === "left" || action === "backspace";
+  const points = [...(isLeft ? graphemes(before).at(-1) : graphemes(after)[0]) ?? ""];
+  const more = (isLeft ? points.slice(1) : points.slice(0, -1)).join("").length; // than readline takes
+  if (action === "backspace") Object.assign(editor, { line: before.slice(0, before.length - more) + after });
+  if (action === "delete") Object.assign(editor, { line: before + after.slice(more) });
+  else Object.assign(editor, { cursor: isLeft ? cursor - more : cursor + more });
+}
+
 /** Reads lines from a terminal, as readline edits them. What it would draw is passed to `echo`. */
 function openEditor(echo: (text: string) => void): readline.Interface {
   const output = {
@@ -3291,13 +3322,15 @@ function openEditor(echo: (text: string) => void): readline.Interface {
     removeListener: () => output,
     end: () => output,
   };
-  return readline.createInterface({
+  const editor = readline.createInterface({
     input: process.stdin,
     output: output as unknown as NodeJS.WriteStream, // as much of one as readline uses
     terminal: true,
     crlfDelay: Infinity,
     completer: (line: string) => [[], line],
   });
+  process.stdin.prependListener("keypress", (_, key: Key = {}) => prepareFor(editor, key));
+  return editor;
 }
 
 /* =====================================================================================================================
@@ -3356,18 +3389,13 @@ export interface Ui {
   rule?(title: Clean): void;
   /** Asks for a line. @returns undefined if nobody is there to answer, or the person cancels */
   ask(question: Clean, hidden?: boolean): Promise<string | undefined>;
+  /** Drops what was typed ahead: it was meant for other questions than those that follow. */
+  dropEarly?(): void;
   setPrompt?(prompt: Clean): void;
   /** Stops reading input for a while, where it comes by itself. */
   holdInput?(hold: boolean): void;
   clear?(): void;
   close(): void;
-}
-
-/** A key that readline has recognised. */
-interface Key {
-  readonly name?: string;
-  readonly ctrl?: boolean;
-  readonly meta?: boolean;
 }
 
 /** A person at a terminal: what the full terminal and plain mode have in common. */
@@ -3405,7 +3433,6 @@ abstract class PersonalUi implements Ui {
     });
     editor.on("history", (lines) => this.question && lines.shift()); // an answer is not to be recalled
     editor.on("SIGINT", () => this.interrupt("Ctrl-C"));
-    process.stdin.prependListener("keypress", (_, key: Key = {}) => this.#prepareFor(key));
     process.stdin.on("keypress", (_, key?: Key) => {
       if (key?.meta && /^[1-9]$/.test(key.name ?? "")) this.events?.onSwitch?.(Number(key.name));
       const line = this.question ? undefined : this.events?.onTyped?.(editor.line);
@@ -3417,22 +3444,6 @@ abstract class PersonalUi implements Ui {
       editor.resume(); // it has paused, and relies on a prompt of its own to go on
       this.#markPastes(true);
     });
-  }
-  /**
-   * Changes the line so that readline's own handling of a key does what is meant: it drops what is behind the cursor
-   * when it recalls a line, and moves and deletes by code points, where a grapheme cluster may have several.
-   */
-  #prepareFor({ name = "", ctrl = false, meta = false }: Key): void {
-    const { line, cursor } = this.editor;
-    const [before, after] = [line.slice(0, cursor), line.slice(cursor)];
-    if (/^(up|down)$/.test(name) || (ctrl && /^[pn]$/.test(name))) Object.assign(this.editor, { cursor: line.length });
-    if (ctrl || meta || !/^(left|right|backspace|delete)$/.test(name)) return;
-    const isLeft = name === "left" || name === "backspace";
-    const points = [...(isLeft ? graphemes(before).at(-1) : graphemes(after)[0]) ?? ""];
-    const more = (isLeft ? points.slice(1) : points.slice(0, -1)).join("").length; // than readline takes
-    if (name === "backspace") Object.assign(this.editor, { line: before.slice(0, before.length - more) + after });
-    if (name === "delete") Object.assign(this.editor, { line: before + after.slice(more) });
-    else Object.assign(this.editor, { cursor: isLeft ? cursor - more : cursor + more });
   }
   /** Has the terminal put marks around pastes, or no longer. */
   #markPastes(on: boolean): void {
@@ -3482,6 +3493,9 @@ abstract class PersonalUi implements Ui {
   }
   rule(title: Clean): void {
     this.show(this.paint(DIM, "── "), clean(`${title} ──`), DIM);
+  }
+  dropEarly(): void {
+    if (this.#early.splice(0).length) this.note(clean("what you typed ahead is dropped"));
   }
   /** A line that is half typed, or the rest of a paste, is no answer: it is put aside during the question. */
   async ask(question: Clean, hidden = false): Promise<string | undefined> {
@@ -3710,22 +3724,11 @@ class TerminalUi extends PersonalUi {
     this.redraw();
   }
   #pressed(key?: Key): void {
-    this.#skipCluster(key);
     const { line, cursor } = this.editor;
     if (key?.ctrl && key.name === "l") this.clear();
     if (key?.name === "tab" && (this.question || line[cursor - 1] !== "\t")) this.#complete(); // else it is in a paste
     else this.#completion = undefined;
     this.redraw();
-  }
-  /** Moves the cursor out of a grapheme cluster: readline steps from one code point to the next. */
-  #skipCluster(key?: Key): void {
-    const { line, cursor } = this.editor;
-    let end = 0;
-    for (const cluster of graphemes(line)) {
-      const start = end;
-      end += cluster.length;
-      if (start < cursor && cursor < end) Object.assign(this.editor, { cursor: key?.name === "left" ? start : end });
-    }
   }
   /** Completes the text before the cursor; pressed again, in the next way. */
   #complete(): void {
@@ -3980,6 +3983,15 @@ const REQUIRED_CAPS = ["message-tags", "echo-message", "batch", "draft/chathisto
 const WANTED_CAPS = (Object.keys(CAP) as Cap[]).filter((name) => name !== "labeled-response" && name !== REGISTRATION);
 const OTHER_NICK = `${CHAT} join NICK@HOST takes another nick`;
 
+/** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
+function problemOf(certificate: crypto.X509Certificate, host: string, isChainTrusted: boolean): string | undefined {
+  const invalid = outsideValidity(certificate);
+  if (invalid) return invalid;
+  if (!isChainTrusted) return "leads to no root that is trusted here";
+  if (isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host)) return undefined;
+  return `is for ${clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody"}`;
+}
+
 /** Logs in, and again after each reconnect, with what it has learned by then. */
 class Login {
   nick: string;
@@ -4060,7 +4072,7 @@ class Login {
       const hint = "somebody may sit in the middle, or it was restarted without CHAT_SECRET: ask whoever runs it";
       throw new Fault(`this server has the key ${pin}, not ${this.#pin}`, hint, 3);
     }
-    const problem = this.#problemOf(certificate, link.socket.authorized);
+    const problem = problemOf(certificate, host, link.socket.authorized);
     const isOnLoopback = /^(localhost|127\.[\d.]+|::1)$/i.test(host) && isLoopback(link.socket.remoteAddress ?? "");
     const isChecked = this.#options.pin || (problem && !isOnLoopback); // by its pin, or by a person
     if (isChecked && !isPinnable(certificate.publicKey)) {
@@ -4079,15 +4091,6 @@ class Login {
     if (!this.#options.explain) return;
     lessonOf(link.facts()).forEach((line) => this.#note(line));
     link.lesson = new Folded((text) => this.#note(text));
-  }
-  /** Says why a certificate proves nothing; undefined if it is valid, for this name, and from a trusted root. */
-  #problemOf(certificate: crypto.X509Certificate, isChainTrusted: boolean): string | undefined {
-    const { host } = this.#options;
-    const invalid = outsideValidity(certificate);
-    if (invalid) return invalid;
-    if (!isChainTrusted) return "leads to no root that is trusted here";
-    if (isIp(host) ? certificate.checkIP(host) : certificate.checkHost(host)) return undefined;
-    return `is for ${clean(certificate.subjectAltName ?? "").replace(/DNS:|IP Address:/g, "") || "nobody"}`;
   }
   /** Has a person compare the check code with what the server's screen shows. @returns why it is trusted then */
   async #compare(key: crypto.KeyObject, problem: string): Promise<string> {
@@ -4235,6 +4238,7 @@ class Login {
     const hint = /operator|server/.test(why) ? "ask whoever runs the server" : OTHER_NICK;
     if (this.#options.nick || this.isReturning) throw new Fault(why, hint);
     this.#note(why);
+    this.#options.ui.dropEarly?.(); // a password must not become a nick
     this.nick = "";
     this.#password = this.#options.password; // another nick has another password
   }
@@ -4267,6 +4271,7 @@ class Connection {
   readonly #options: Settings;
   readonly #login: Login;
   readonly #events: ConnectionEvents;
+  lastWord = ""; // for the others, when it leaves
   #phase: Phase = { is: "connecting" };
   #tries = 0; // to connect, since a connection lasted
   #refusal = ""; // why the last login was refused, without its numbers
@@ -4301,7 +4306,7 @@ class Connection {
   leave(): void {
     const { link } = this;
     if (!link) return this.stop();
-    link.send("QUIT", []);
+    link.send("QUIT", this.lastWord ? [this.lastWord] : []);
     this.#phase = { is: "leaving", link };
     this.#options.clock.after(1000, () => this.stop());
   }
@@ -4336,6 +4341,7 @@ class Connection {
     await this.#login.run(link);
     if (this.isOver) return link.end("left");
     this.#phase = { is: "online", link, since: this.#options.clock.now() };
+    this.#refusal = "";
     this.#events.onWelcome(link, isReturning);
     for (;;) this.#events.onLine(await link.next());
   }
@@ -4544,7 +4550,7 @@ class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
   readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
   target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
-  hasEntered = false; // a room, at some time: without a target it has left the last one since
+  hasEntered = false; // the first room: without a target it has left the last one since
   readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
   readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
@@ -4595,7 +4601,7 @@ class Conversations {
     else if (command === "353") {
       for (const nick of last.split(" ").filter(Boolean)) room.add(clean(nick));
     } else {
-      this.hasEntered = true;
+      this.hasEntered ||= this.current !== undefined || !this.target.startsWith("#"); // else --room's is still to come
       if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
     }
   }
@@ -4992,7 +4998,8 @@ class Client implements ConnectionEvents {
   }
   /** Leaves when what waits has been sent; the second time at once. */
   leave(): void {
-    if (!this.link || !this.waiting || this.#isFinishing) return this.connection.leave();
+    const isAgain = this.#isFinishing && this.ui.hasPerson; // a script finishes at the end of its input as well
+    if (!this.link || !this.waiting || isAgain) return this.connection.leave();
     this.note(`leaving as soon as ${plural(this.waiting, "line is", "lines are")} sent; /exit again leaves at once`);
     this.finish();
   }
@@ -5046,7 +5053,8 @@ class Client implements ConnectionEvents {
         return conversations.numeric(line);
       case "366":
         conversations.numeric(line);
-        return this.ui.acceptLines(); // what was entered before this goes to the first room
+        if (conversations.hasEntered) this.ui.acceptLines(); // what was entered before this goes to the first room
+        return;
       default:
         return showReply(this, line);
     }
@@ -5085,6 +5093,8 @@ function showReply(client: Client, line: Line): void {
   if (!client.ui.hasPerson) throw new Fault(params.slice(1).map(clean).join(" "), "--room names another room", 2);
   conversations.turnTo([...rooms.values()].at(-1)?.name ?? "");
   if (client.target) client.ui.rule?.(clean(client.target));
+  conversations.hasEntered = true;
+  client.ui.acceptLines();
 }
 
 /* =====================================================================================================================
@@ -5166,7 +5176,10 @@ const SLASH: Table<SlashCommand> = {
     conversations.oldest.clear();
   }),
   help: row("[COMMAND]", "list what you can type", showHelp),
-  exit: row("", "leave; Ctrl-D does so as well", (client) => client.leave()),
+  exit: row("[TEXT]", "leave, with a last word; Ctrl-D leaves as well", (client, rest) => {
+    client.connection.lastWord = rest;
+    client.leave();
+  }),
 };
 
 /** The room that an argument names, with its "#" or without. */
@@ -5310,6 +5323,7 @@ export async function join(options: JoinOptions): Promise<number> {
       if (place) client.talkTo(place);
     },
     onGone: (why) => {
+      if (client.connection.isOver) return;
       if (why) client.fail(why);
       leave();
     },
@@ -5597,7 +5611,7 @@ function readInput(onLine: (line: string) => void, onEnd: (rest: string) => void
  * @param mayBeCut whether the journal may end within a line
  */
 function continueJournal(mayBeCut: boolean, log: OperatorLog): Journal {
-  let isBroken = mayBeCut; // then a comment ends the last line, or is a line of its own
+  let ending = mayBeCut ? "#\n" : ""; // of the last line; where there is none it is a comment
   let last: Promise<unknown> = Promise.resolve();
   const append = (record: string) =>
     new Promise<boolean>((resolve) => {
@@ -5607,11 +5621,11 @@ function continueJournal(mayBeCut: boolean, log: OperatorLog): Journal {
       };
       const written = (error?: Error | null) => error && failed(error);
       try {
-        process.stdout.write((isBroken ? "#\n" : "") + record, written);
-        isBroken = true;
+        process.stdout.write(ending + record, written);
+        ending = "?\n"; // makes a record that was not answered one that does not count, even if it is whole
         process.stdout.write("\n", (error) => {
           if (error) return failed(error);
-          isBroken = false;
+          ending = "";
           resolve(true);
         });
       } catch (error) { // Deno throws, and writes nothing more

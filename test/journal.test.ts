@@ -99,11 +99,12 @@ test("lines that are no account are named and skipped, and a line that was cut o
     "nonsense",
     "foo! 2026-11-25T20:31:00Z barred",
     `bo 2026-11-25T20:31:00Z ${good.slice(0, -9)}`,
+    `bo 2026-11-25T20:31:00Z ${good}?`, // its line break was not written in time
   ];
   const kept = new Kept(t, `${lines.join("\n")}\ncy 2026-11-25T20:31:00Z ${good.slice(0, 40)}`);
   const first = await kept.serve();
   assert.match(first.err.all, /chat: the last line of the accounts has no line break: it may have been cut off\n/);
-  for (const at of [3, 4, 5]) {
+  for (const at of [3, 4, 5, 6]) {
     assert.ok(first.err.all.includes(` line ${at} of the accounts is not an account, and is skipped\n`));
   }
   await enter(t, first.port, "ana");

@@ -398,15 +398,40 @@ test("the first commands of a script wait until it knows the room", async (t) =>
   assert.match(script.err.all, /\nchat: 2 people in #chat: .*\nchat: topic of #chat: the day\nchat: bo is ignored\n$/);
 });
 
+test("the first commands of a script with --room wait for that room, and /exit sends what waits", async (t) => {
+  const { port } = await serveHere(t);
+  const bo = await enter(t, port, "bo");
+  bo.send("JOIN #lab");
+  await bo.sync();
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`, ["--commands", "--room", "lab"]);
+  const lines = Array.from({ length: 60 }, (_, at) => `line ${at}.`);
+  script.end(`/who\n${lines.join("\n")}\n/exit that was it\n`);
+  assert.equal(await script.ended, 0, script.err.all);
+  assert.match(script.err.all, /\nchat: 2 people in #lab: /);
+  await bo.wait(/PRIVMSG #lab :line 59\.\r\n/);
+  await bo.wait(/:ana!ana@chat QUIT :Quit: that was it\r\n/);
+});
+
+test("who has left all rooms on one device lands in the first one with the next", async (t) => {
+  const { port } = await serveHere(t);
+  const first = await enter(t, port, "ana");
+  first.send("PART #chat");
+  await first.sync();
+  const script = joinProcess(t, `ana@127.0.0.1:${port}`);
+  script.end("hello\n");
+  assert.equal(await script.ended, 0, script.err.all);
+});
+
 test("a listener and a verifier whose output cannot be written say so, and end with status 1", async (t) => {
   const { port } = await serveHere(t);
   const bo = await enter(t, port, "bo");
   const full = ["sh", "-c", 'exec "$@" >/dev/full', "sh", BINARY];
   const listener = new help.Running(t, [...full, "join", `ana@127.0.0.1:${port}`, "--listen"], { CHAT_PASSWORD: "x" });
   await bo.wait(/:ana!ana@chat JOIN #chat\r\n/);
-  bo.send("PRIVMSG #chat :hello");
+  bo.send("PRIVMSG #chat :hello", "PRIVMSG #chat :again");
   assert.equal(await listener.ended, 1);
   assert.match(listener.err.all, /\nchat: standard output cannot be written: .*ENOSPC.*\n$/);
+  assert.equal(listener.err.all.match(/cannot be written/g)?.length, 1);
   const verifier = new help.Running(t, [...full, "verifier", "ana"], { CHAT_PASSWORD: "x" });
   assert.equal(await verifier.ended, 1);
   assert.equal(verifier.err.all, "chat: the line could not be written\n");

@@ -1,6 +1,9 @@
 // deno-lint-ignore-file no-regex-spaces no-control-regex -- screens are matched as they stand, blanks and escapes included
 // The client and the operator's console as a person sees them: the built executable in tmux.
 import assert from "node:assert/strict";
+import fs from "node:fs";
+import os from "node:os";
+import path from "node:path";
 import { test, type TestContext } from "node:test";
 import { cells, CONSOLE, type Server } from "../chat.ts";
 import {
@@ -96,6 +99,19 @@ test("a password is never shown on the screen, and the arrow keys do not recall 
   ana.type("x");
   await ana.wait(/^#chat> x$/m);
   assert.doesNotMatch(ana.screen({ history: true }), /hunter|unter/);
+});
+
+test("a password that is typed ahead does not become a nick when the first one cannot be had", TMUX, async (t) => {
+  const { port, server } = await serveHere(t, { lock: true });
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-ahead-"));
+  t.after(() => fs.rmSync(folder, { recursive: true }));
+  const start = path.join(folder, "start");
+  const join = `exec ${BINARY} join 127.0.0.1:${port}`;
+  const ana = new Terminal(t, ["sh", "-c", `until [ -e ${start} ]; do sleep 0.01; done; ${join}`]);
+  for (const line of ["ana", "Secretpw1", "Secretpw1"]) ana.enter(line);
+  fs.writeFileSync(start, "");
+  await ana.wait(/registration is closed; the operator can admit a nick\n-- what you typed ahead is dropped\nNick:$/);
+  assert.equal(server.accounts.byNick.size, 0);
 });
 
 test("a password that is typed ahead a second time is not sent to the room", TMUX, async (t) => {
