@@ -43,7 +43,7 @@ export const LIMITS = Object.freeze({
   handshakes: 0.5, // per network (IPv6: /48) and second, for each connection that --per-address allows
   handshakeBurst: 10, // of them at once; further ones wait
   pingMs: 60_000, // of silence before a PING is sent, and then until the connection times out
-  sleepMs: 10_000, // between two sweeps of the server mean that the machine was asleep: nobody times out yet
+  sleepMs: 10_000, // a longer gap between two sweeps means that the machine was asleep: then nobody times out
   graceMs: 15_000, // for which a member whose last connection was lost stays present
   stopMs: 1_500, // to write out the queues when the server stops
   // Rates. A unit is a line, or its equivalent in bytes.
@@ -208,7 +208,7 @@ class Occupancy {
   readonly #guests = new Map<string, Set<Occupant>>(); // those that have not logged in, by site; the oldest first
   readonly #networkLimit: number;
   readonly #guestLimit: number;
-  guests = 0; // connections that have not logged in, of all sites
+  guests = 0; // connections before login, of all sites
   constructor(networkLimit: number, guestLimit: number) {
     this.#networkLimit = networkLimit;
     this.#guestLimit = guestLimit;
@@ -459,7 +459,7 @@ const EMPTY: Buffer = Buffer.alloc(0);
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const [LF, CR, AT, SPACE] = [10, 13, 64, 32];
 
-/** What a LineSplitter found: a line, or why it is none, and then its text as far as it can be read. */
+/** What a LineSplitter found: a line, or a fault and what can be read of the line. */
 export interface Split {
   readonly text: string;
   readonly fault?: "too long" | "not UTF-8" | "NUL";
@@ -524,7 +524,7 @@ export class LineSplitter {
       return { fault: "not UTF-8", text: line.toString() };
     }
   }
-  /** Of a line that is too long the tags are kept, if they are not. */
+  /** A line that is too long keeps its tags, unless they are too long themselves. */
   #tooLong(line: Buffer): Split {
     const end = line[0] === AT ? line.indexOf(SPACE) + 1 : 0;
     return { fault: "too long", text: line.toString("utf8", 0, end <= this.#tagBytes ? end : 0) };
@@ -1015,7 +1015,7 @@ export class Accounts<A extends Account> {
     if (typeof verifier === "object" && isNick(who)) this.#keep(who, verifier);
     else if (what === "forgotten") {
       this.byNick.delete(key);
-      this.barred.set(key, what); // or a client that is running would register it again
+      this.barred.set(key, what); // or a running client would register it again
     } else if (what === "barred") {
       this.barred.set(key, what);
       this.#admitted.delete(key);
@@ -1033,7 +1033,7 @@ export class Accounts<A extends Account> {
     if (isWritten) account.verifier = verifier;
     return isWritten;
   }
-  /** Does and writes down what the operator has decided about a nick, or about a network to be barred. */
+  /** Applies the operator's decision about a nick or a network, and records it in the journal. */
   decide(who: string, what: "admitted" | "barred" | "forgotten" | "unbarred"): void {
     void this.#write(who, what);
     this.apply(recordOf(who, what, this.#clock.wall()));
@@ -1086,7 +1086,7 @@ export class Accounts<A extends Account> {
     return this.barred.get(fold(nick)) ?? (this.byNick.size < LIMITS.accounts ? undefined : "full");
   }
 
-  /** Why nobody can log in to an account that does not exist: it can be registered, or the reason why it cannot. */
+  /** Refuses a login to an account that does not exist: as unknown, or with the reason why it cannot be registered. */
   #refusalOfUnknown(nick: string): Refusal {
     return this.#objectionTo(nick) ?? "unknown";
   }
@@ -1322,7 +1322,7 @@ const CAPS = [
   ...["message-tags", "server-time", "account-tag", "extended-join"] as const, // the form of an event depends on these
   ...["echo-message", "batch", "labeled-response", "away-notify", "standard-replies", "cap-notify", "sasl"] as const,
   ...["draft/chathistory", REGISTRATION] as const,
-  ...["account-notify", "multi-prefix"] as const, // of these there is nothing to tell: an account is its nick
+  ...["account-notify", "multi-prefix"] as const, // no effect: an account is its nick, without a prefix
 ];
 type Cap = typeof CAPS[number];
 const CAP = Object.fromEntries(CAPS.map((name, at) => [name, 1 << at])) as Record<Cap, number>; // their bits
@@ -2008,7 +2008,7 @@ export class Server implements Host {
   audienceOf(member: Member): Set<Member> {
     return new Set([member, ...[...member.rooms].flatMap((room) => [...room.members])]);
   }
-  /** Tells the others of these members that one of them is away, or back. */
+  /** Notifies the others of these members that this one is away, or back. */
   announceAway(member: Member, members: Iterable<Member>): void {
     const others = [...members].filter((one) => one !== member);
     announce(format("AWAY", member.away ? [member.away] : [], sourceOf(member.nick)), others, "away-notify");
@@ -2431,7 +2431,7 @@ function sendPrivately({ server, member, reply }: MemberContext, other: Member, 
   const log = message.kind === "TAGMSG" ? undefined : member.talkWith(other);
   const event = server.history.record(log, message);
   deliver(event, new Set([member, other]), reply);
-  if (other === member) { // it is also the recipient: this copy is not the reply, and has no label
+  if (other === member) { // the delivered copy has no label, other than the echo (IRCv3 labeled-response)
     const received = new Reply(reply.connection);
     received.event(event);
     received.end();
@@ -2539,7 +2539,7 @@ function handleTopic(context: MemberContext): void {
   });
 }
 
-/** NAMES: who is in the named rooms, or in all that the member is in. */
+/** NAMES: lists the members of the named rooms, or of all rooms that the member has joined. */
 function handleNames({ server, member, params: [names], reply }: MemberContext): void {
   if (names === undefined) {
     for (const room of member.rooms) replyWithNames(reply, room);
@@ -2568,7 +2568,7 @@ const idleSeconds = ({ clock }: Server, { sessions }: Member) =>
 /** Whether a name matches a mask, in which `*` stands for any text and `?` for any character. */
 function matches(mask: string, name: string): boolean {
   let [at, from] = [0, 0];
-  let star: { readonly at: number; from: number } | undefined; // the last one, and where the text after it was tried
+  let star: { readonly at: number; from: number } | undefined; // the last star, and where its text ends
   while (from < name.length) {
     if (mask[at] === "*") star = { at: ++at, from };
     else if (mask[at] === "?" || mask[at] === name[from]) [at, from] = [at + 1, from + 1];
@@ -2608,7 +2608,7 @@ function handleWhois({ server, params, reply }: MemberContext): void {
   reply.numeric("318", name, "End of /WHOIS list");
 }
 
-/** WHOWAS: the latest visit of a member who has left, as far as the server lives. */
+/** WHOWAS: describes a member who has left since the server was started. */
 function handleWhowas({ server, params: [nick = ""], reply }: MemberContext): void {
   const { clock, accounts } = server;
   const member = accounts.find(nick);
@@ -2852,7 +2852,7 @@ function runConsoleLine(server: Server, table: Table<ConsoleCommand>, line: stri
   if (!name) return [];
   if (name === "help") return helpLines(table, "/");
   if (!found) return [`there is no /${name}${suggestion("/", name, [...Object.keys(table), "help"])}`];
-  const isText = /TEXT|REASON/.test(found.usage); // of any number of words
+  const isText = /TEXT|REASON/.test(found.usage); // it may have any number of words
   if (Boolean(found.usage) !== Boolean(first) || rest && !isText) {
     return [`${`/${name} ${found.usage}`.trim()}: ${found.about}`];
   }
@@ -3295,8 +3295,8 @@ interface Key {
 }
 
 /**
- * Changes the line so that readline's own handling of a key does what is meant: it drops what is behind the cursor
- * when it recalls a line, and moves and deletes by code points, where a grapheme cluster may have several.
+ * Adjusts the line before readline handles a key. readline drops the text behind the cursor when it recalls a line, and
+ * it moves and deletes by code points, although a grapheme cluster may have several.
  */
 function prepareFor(editor: readline.Interface, { name = "", ctrl = false, meta = false }: Key): void {
   const { line, cursor } = editor;
@@ -3834,7 +3834,7 @@ class Link {
   ended = ""; // why the connection has ended; empty while it has not
   heardAt: number; // when something was last received
   isPinged = false; // since then a PING was sent
-  lesson: Folded | undefined; // is told of every line
+  lesson: Folded | undefined; // receives every line
   #dismissal: Fault | undefined; // the operator has ended it
   readonly #lines: Line[] = []; // not taken yet: the client asks a person, or derives keys
   #unread = 0; // characters in them
@@ -3855,7 +3855,7 @@ class Link {
     socket.on("error", (error) => this.end(error.message));
     socket.on("close", () => this.end("the server closed the connection"));
   }
-  /** @param chunkBytes with what it came */
+  /** @param chunkBytes the size of the chunk in which it came */
   #take(text: string, chunkBytes: number): void {
     this.#explainLine("←", text, Buffer.byteLength(text) + 2 === chunkBytes);
     const { tags, ...rest } = parse(text);
@@ -4240,7 +4240,7 @@ class Login {
     this.#note(why);
     this.#options.ui.dropEarly?.(); // a password must not become a nick
     this.nick = "";
-    this.#password = this.#options.password; // another nick has another password
+    this.#password = this.#options.password; // the one that was typed belongs to the refused nick
   }
 }
 
@@ -4271,10 +4271,10 @@ class Connection {
   readonly #options: Settings;
   readonly #login: Login;
   readonly #events: ConnectionEvents;
-  lastWord = ""; // for the others, when it leaves
+  quitMessage = "";
   #phase: Phase = { is: "connecting" };
   #tries = 0; // to connect, since a connection lasted
-  #refusal = ""; // why the last login was refused, without its numbers
+  #refusal = ""; // why the last login was refused, without digits: each reason is shown once
   #stop = () => {};
   constructor(options: Settings, login: Login, events: ConnectionEvents) {
     this.#options = options;
@@ -4306,7 +4306,7 @@ class Connection {
   leave(): void {
     const { link } = this;
     if (!link) return this.stop();
-    link.send("QUIT", this.lastWord ? [this.lastWord] : []);
+    link.send("QUIT", this.quitMessage ? [this.quitMessage] : []);
     this.#phase = { is: "leaving", link };
     this.#options.clock.after(1000, () => this.stop());
   }
@@ -4550,7 +4550,7 @@ class Conversations {
   readonly rooms = new Map<string, Conversation>(); // by folded name
   readonly unread = new Map<string, { readonly name: string; count: number }>(); // by folded room or nick
   target = ""; // what is typed goes there: a room, which may not be joined yet, or a nick
-  hasEntered = false; // the first room: without a target it has left the last one since
+  hasEntered = false; // its first room; if there is no target after that, it has left all rooms
   readonly oldest = new Map<string, string>(); // the id of the oldest message on the screen, by folded room or nick
   readonly #asked = new Map<string, number>(); // messages that the person has asked for, likewise
   readonly #transcript: Transcript;
@@ -4601,7 +4601,7 @@ class Conversations {
     else if (command === "353") {
       for (const nick of last.split(" ").filter(Boolean)) room.add(clean(nick));
     } else {
-      this.hasEntered ||= this.current !== undefined || !this.target.startsWith("#"); // else --room's is still to come
+      this.hasEntered ||= this.current !== undefined || !this.target.startsWith("#"); // else --room decides
       if (!room.isLoading) this.#transcript.entered(room, this.rooms.size === 1); // else when its history has come
     }
   }
@@ -5177,7 +5177,7 @@ const SLASH: Table<SlashCommand> = {
   }),
   help: row("[COMMAND]", "list what you can type", showHelp),
   exit: row("[TEXT]", "leave, with a last word; Ctrl-D leaves as well", (client, rest) => {
-    client.connection.lastWord = rest;
+    client.connection.quitMessage = rest;
     client.leave();
   }),
 };
@@ -5578,7 +5578,7 @@ async function readAccounts(log: OperatorLog): Promise<KeptAccounts> {
       if (line.trim()) return void records.push(line);
       take = (command) => early.push(command);
       end = (command) => take(command); // which needs no line break
-      done(records.length > 0); // the empty line may not be in the file, but have come after it
+      done(records.length > 0); // the shell may have added the empty line to a file that ends within a line
     };
     readInput((line) => take(line), (rest) => end(rest));
   });
@@ -5611,7 +5611,7 @@ function readInput(onLine: (line: string) => void, onEnd: (rest: string) => void
  * @param mayBeCut whether the journal may end within a line
  */
 function continueJournal(mayBeCut: boolean, log: OperatorLog): Journal {
-  let ending = mayBeCut ? "#\n" : ""; // of the last line; where there is none it is a comment
+  let ending = mayBeCut ? "#\n" : ""; // ends the last line; on a line of its own it is a comment
   let last: Promise<unknown> = Promise.resolve();
   const append = (record: string) =>
     new Promise<boolean>((resolve) => {
@@ -5622,7 +5622,7 @@ function continueJournal(mayBeCut: boolean, log: OperatorLog): Journal {
       const written = (error?: Error | null) => error && failed(error);
       try {
         process.stdout.write(ending + record, written);
-        ending = "?\n"; // makes a record that was not answered one that does not count, even if it is whole
+        ending = "?\n"; // a record whose registration was refused is invalid, even if it is complete
         process.stdout.write("\n", (error) => {
           if (error) return failed(error);
           ending = "";

@@ -183,46 +183,43 @@ async function enterOrRefuse(t: TestContext, port: number) {
   return irc;
 }
 
-test("a disk that is full refuses registrations, and the journal is whole when there is space again", async (t) => {
-  const mounted = spawnSync("mount", ["--version"]).status === 0 && process.getuid?.() === 0;
-  if (!mounted && !process.env["CI"]) return t.skip("mounting a small file system needs root");
-  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-full-"));
-  if (spawnSync("mount", ["-t", "tmpfs", "-o", "size=16k", "tmpfs", folder]).status !== 0) {
-    fs.rmdirSync(folder);
-    return t.skip("a small file system cannot be mounted here");
-  }
-  t.after(() => {
-    execFileSync("umount", ["-l", folder]);
-    fs.rmdirSync(folder);
-  });
-  const file = path.join(folder, "accounts.txt");
-  fs.writeFileSync(file, "");
-  fs.writeFileSync(path.join(folder, "big"), Buffer.alloc(12 * 1024, "x"));
-  const command = 'exec "$0" serve 127.0.0.1:0 --accounts <"$1" >>"$1"';
-  const child = spawn("sh", ["-c", command, BINARY, file], { env: environment() });
-  const err = new Text();
-  child.stderr.setEncoding("utf8").on("data", (text: string) => err.add(text));
-  const ended = new Promise((end) => child.on("close", end));
-  const [, port] = await err.wait(/ join \S+:(\d+)\//);
-  const { dial } = await import("./helpers.ts");
-  const answered: string[] = [];
-  let refused = 0;
-  for (let at = 0; at < 40 && refused < 3; at++) {
-    const irc = await dial(t, Number(port));
-    irc.send("PASS secret", `NICK u${at}`, "USER u 0 * :u");
-    const [all] = await irc.wait(/ 001 u| 464 u\d+ :The server cannot write new accounts down at the moment\r\n/);
-    if (all.startsWith(" 001")) answered.push(`u${at}`);
-    else refused++;
-  }
-  assert.equal(refused, 3);
-  fs.unlinkSync(path.join(folder, "big"));
-  await enter(t, Number(port), "later");
-  child.kill("SIGKILL");
-  await ended;
-  const accounts = new Accounts((nick, verifier) => ({ nick, verifier, networks: new Set<string>() }));
-  for (const record of fs.readFileSync(file, "utf8").split("\n")) accounts.apply(record);
-  for (const nick of [...answered, "later"]) assert.ok(accounts.find(nick), nick);
-});
+test(
+  "a disk that is full refuses registrations, and the journal is whole when there is space again",
+  wants("prlimit"),
+  async (t) => {
+    const folder = fs.mkdtempSync(path.join(os.tmpdir(), "chat-full-"));
+    t.after(() => fs.rmSync(folder, { recursive: true }));
+    const file = path.join(folder, "accounts.txt");
+    fs.writeFileSync(file, "");
+    // A limit on the size of files cuts a write as a full disk does. The file has room for about five accounts.
+    const command = 'trap "" XFSZ; ulimit -S -f 2; exec "$0" serve 127.0.0.1:0 --accounts <"$1" >>"$1"';
+    const child = spawn("sh", ["-c", command, BINARY, file], { env: environment() });
+    t.after(() => child.kill("SIGKILL"));
+    const err = new Text();
+    child.stderr.setEncoding("utf8").on("data", (text: string) => err.add(text));
+    const ended = new Promise((end) => child.on("close", end));
+    const [, port] = await err.wait(/ join \S+:(\d+)\//);
+    const { dial } = await import("./helpers.ts");
+    const answered: string[] = [];
+    const refused: string[] = [];
+    for (let at = 0; at < 40 && refused.length < 3; at++) {
+      const irc = await dial(t, Number(port));
+      irc.send("PASS secret", `NICK u${at}`, "USER u 0 * :u");
+      const [all] = await irc.wait(/ 001 u| 464 u\d+ :The server cannot write new accounts down at the moment\r\n/);
+      if (all.startsWith(" 001")) answered.push(`u${at}`);
+      else refused.push(`u${at}`);
+    }
+    assert.equal(refused.length, 3);
+    execFileSync("prlimit", ["--pid", String(child.pid), "--fsize=unlimited"]);
+    await enter(t, Number(port), "later");
+    child.kill("SIGKILL");
+    await ended;
+    const accounts = new Accounts((nick, verifier) => ({ nick, verifier, networks: new Set<string>() }));
+    for (const record of fs.readFileSync(file, "utf8").split("\n")) accounts.apply(record);
+    for (const nick of [...answered, "later"]) assert.ok(accounts.find(nick), nick);
+    for (const nick of refused) assert.equal(accounts.find(nick), undefined, nick);
+  },
+);
 
 test(
   "chat verifier prints an account line, for a password from the environment or one that it asks for",

@@ -97,6 +97,13 @@ async function converse(
   assert.doesNotMatch(server.err.all, /error/);
 }
 
+/** Has a client that was started again say something. */
+async function sayAgain(client: Terminal, nick: string, { ana, bo }: Awaited<ReturnType<typeof room>>): Promise<void> {
+  client.enter("back again");
+  await bo.wait(new RegExp(`:${nick}!${nick}@chat PRIVMSG #chat :back again\r\n`));
+  await ana.wait(new RegExp(`${nick} +back again`));
+}
+
 /** irssi takes fast typing for a paste and asks for a confirmation, unless this setting is made. */
 const NO_PASTE_CHECK = `"fe-text" = { paste_verify_line_count = "0"; };`;
 
@@ -216,7 +223,7 @@ test(
   wants("tmux", "catgirl"),
   async (t) => {
     const all = await room(t);
-    const { server: { port }, ana, bo } = all;
+    const { port } = all.server;
     const command = ["catgirl", "-h", "127.0.0.1", "-p", String(port), "-t", CA, "-n", "cat", "-w", "secret"];
     const catgirl = new Terminal(t, [...command, "-j", "#chat"], { columns: 110, rows: 40 });
     await catgirl.wait(/In #chat are/);
@@ -225,9 +232,7 @@ test(
     await converse(catgirl, "cat", all, () => catgirl.wait(/cat arrives in #lab/));
     const again = new Terminal(t, [...command, "-j", "#chat"], { columns: 110, rows: 40 });
     await again.wait(/In #chat are/);
-    again.enter("back again");
-    await bo.wait(/:cat!cat@chat PRIVMSG #chat :back again\r\n/);
-    await ana.wait(/cat +back again/);
+    await sayAgain(again, "cat", all);
   },
 );
 
@@ -236,7 +241,7 @@ test(
   wants("tmux", "finch"),
   async (t) => {
     const all = await room(t);
-    const { server: { port }, ana, bo } = all;
+    const { port } = all.server;
     const home = folder(t);
     const peers = path.join(home, ".purple", "certificates", "x509", "tls_peers");
     fs.mkdirSync(peers, { recursive: true });
@@ -262,9 +267,7 @@ test(
     const finch = await start();
     await converse(finch, "fin", all, () => show(finch, "#lab"));
     const again = await start();
-    again.enter("back again");
-    await bo.wait(/:fin!fin@chat PRIVMSG #chat :back again\r\n/);
-    await ana.wait(/fin +back again/);
+    await sayAgain(again, "fin", all);
   },
 );
 
