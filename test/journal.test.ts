@@ -8,6 +8,7 @@ import { test, type TestContext } from "node:test";
 import { Accounts, deriveKeys, formatVerifier, LIMITS, readVerifier, verifierOf } from "../chat.ts";
 import {
   BINARY,
+  dial,
   enter,
   environment,
   FakeClock,
@@ -177,7 +178,6 @@ test("a registration and a new password are refused with words while they cannot
 
 /** Tries to register as ana by PASS. */
 async function enterOrRefuse(t: TestContext, port: number) {
-  const { dial } = await import("./helpers.ts");
   const irc = await dial(t, port);
   irc.send("PASS secret", "NICK ana", "USER a 0 * :a");
   return irc;
@@ -199,7 +199,6 @@ test(
     child.stderr.setEncoding("utf8").on("data", (text: string) => err.add(text));
     const ended = new Promise((end) => child.on("close", end));
     const [, port] = await err.wait(/ join \S+:(\d+)\//);
-    const { dial } = await import("./helpers.ts");
     const answered: string[] = [];
     const refused: string[] = [];
     for (let at = 0; at < 40 && refused.length < 3; at++) {
